@@ -1,0 +1,1 @@
+"""The core: models as pure functions, sites, transformations, targets and batching."""

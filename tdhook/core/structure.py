@@ -1,0 +1,113 @@
+"""Structured values: tensors inside tuples, mappings, dataclasses and TensorDicts, addressed by keys, never written in place."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+from tensordict import TensorDictBase, is_tensor_collection
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+
+def get(value: Any, key: int | str) -> Any:
+    """The element of `value` at `key`; raises LookupError when there is none."""
+    if is_tensor_collection(value):
+        return value.get(str(key)) if isinstance(value, TensorDictBase) else getattr(value, str(key))
+    if isinstance(value, Mapping):
+        if key in value:
+            return value[key]
+        if isinstance(key, int):
+            return list(value.values())[key]
+        raise KeyError(key)
+    if isinstance(value, (tuple, list)):
+        if isinstance(key, int):
+            return value[key]
+        if key in getattr(value, "_fields", ()):
+            return getattr(value, key)
+    elif isinstance(key, str) and not isinstance(value, Tensor) and hasattr(value, key):
+        return getattr(value, key)
+    raise KeyError(key)
+
+
+def put(value: Any, key: int | str, new: Any) -> Any:
+    """A shallow copy of `value` with the element at `key` replaced."""
+    if is_tensor_collection(value):
+        edited = value.copy()
+        edited.set(str(key), new)
+        return edited
+    if isinstance(value, Mapping):
+        if key not in value and isinstance(key, int):
+            key = list(value)[key]
+        if type(value) is dict:
+            return {**value, key: new}
+        edited = copy.copy(value)
+        edited[key] = new  # type: ignore[index]
+        return edited
+    if isinstance(value, (tuple, list)):
+        if hasattr(value, "_fields"):
+            name = key if isinstance(key, str) else value._fields[key]
+            return value._replace(**{name: new})
+        items = list(value)
+        items[key] = new  # type: ignore[index]
+        return type(value)(items)
+    if dataclasses.is_dataclass(value):
+        return dataclasses.replace(value, **{str(key): new})
+    edited = copy.copy(value)
+    setattr(edited, str(key), new)
+    return edited
+
+
+def entries(value: Any) -> Iterator[tuple[int | str, Any]]:
+    """The (key, element) pairs one level down; none for a tensor or a plain object."""
+    if isinstance(value, Tensor):
+        return
+    if isinstance(value, Mapping) or is_tensor_collection(value):
+        yield from value.items()
+    elif isinstance(value, (tuple, list)):
+        yield from enumerate(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+
+
+def tensors(value: Any, keys: tuple = ()) -> Iterator[tuple[tuple, Tensor]]:
+    """Every tensor inside `value` with the keys that lead to it."""
+    if isinstance(value, Tensor):
+        yield keys, value
+    for key, element in entries(value):
+        yield from tensors(element, (*keys, key))
+
+
+def describe(value: Any) -> str:
+    """What a value is, in a few words for an error message."""
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+    found = [k for k, _ in entries(value)]
+    if found:
+        return f"a {type(value).__name__} with {', '.join(repr(k) for k in found[:8])}"
+    return f"{value!r} of type {type(value).__name__}" if len(repr(value)) < 60 else f"a {type(value).__name__}"
+
+
+def fresh(inputs: Any) -> Any:
+    """A copy of the caller's inputs that the model may write into; one tensor passed twice stays one tensor."""
+    seen: dict[int, Tensor] = {}
+
+    def copy_once(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) not in seen:
+            seen[id(leaf)] = leaf.clone()
+        return seen[id(leaf)]
+
+    return copy_once(inputs) if isinstance(inputs, Tensor) else pytree.tree_map(copy_once, inputs)
+
+
+def is_moving(leaf: Any) -> bool:
+    """Whether a leaf of the inputs takes part in derivatives: a floating-point or complex tensor."""
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
