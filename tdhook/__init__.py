@@ -5,6 +5,9 @@ from .core.errors import TdhookError as TdhookError
 from .core.functional import FunctionalModel as FunctionalModel
 from .core.functional import functionalize as functionalize
 from .core.sites import Site as Site
+from .core.tail import start_from as start_from
+from .core.tracing import Trace as Trace
+from .core.tracing import trace as trace
 from .core.transforms import capture as capture
 from .core.transforms import edit_gradient as edit_gradient
 from .core.transforms import freeze as freeze

@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedTensorMixin
 from . import structure
 from .errors import InputError, ModelError
 from .scope import Frame, Handler, Observer
-from .sites import Tree
+from .sites import Tree, join_path
 from .twin import Twin, copy_tree
 
 
@@ -38,6 +38,10 @@ class FunctionalModel:
     def tree(self) -> Tree:
         """The module paths that sites are resolved against."""
         return self.base.blueprint.tree
+
+    def key(self) -> tuple:
+        """Equal for functional models whose values depend on each other in the same way."""
+        raise NotImplementedError
 
     def _run(self, params: Any, inputs: Any, extra: tuple, execution: Execution) -> Any:
         raise NotImplementedError
@@ -86,6 +90,9 @@ class Functional(FunctionalModel):
     def base(self) -> Functional:
         return self
 
+    def key(self) -> tuple:
+        return ("model", *((name, id(value)) for name, value in self.constants.items()))
+
     def _run(self, params: Any, inputs: Any, extra: tuple, execution: Execution) -> Any:
         if extra:
             raise InputError(f"f(params, inputs) takes two arguments, got {len(extra)} more; only perturb and start_from add one.")
@@ -130,7 +137,9 @@ class Blueprint:
         self.tree = _tree(module)
         self.takes_tensordict = isinstance(module, TensorDictModuleBase)
         self.stochastic = tuple(_stochastic(module))
+        self.kinds = {join_path(path.split(".")) if path else "": type(m).__name__ for path, m in module.named_modules()}
         self.mutated: set[str] = set()  # sites whose value the model overwrites after it was read
+        self.tails: dict[Any, dict] = {}  # what start_from found that it can leave out
         self.template = Twin(module, tensor_names)
         self._threads = threading.local()
         self._threads.twin = self.template

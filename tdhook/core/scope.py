@@ -112,7 +112,8 @@ class Frame:
         taps = self.modules.get(path, ())
         call = self._count(path, None)
         if self.substitutes is not None and (path, call) in self.substitutes:
-            return self.substitutes[path, call]
+            output = self.substitutes[path, call]
+            return self._visit_output(taps, None, call, output) if taps else output
         if self.observer is not None:
             self.observer.enter(path, call, args, kwargs)
         if taps:

@@ -64,6 +64,9 @@ class Transform(FunctionalModel):
     def base(self) -> Functional:
         return self.inner.base
 
+    def key(self) -> tuple:
+        return (type(self), self.wants, self.inner.key())
+
     def __repr__(self) -> str:
         return f"{type(self).__name__.lower()}({self.inner!r}, {[str(w.site) for w in self.wants]})"
 
@@ -184,6 +187,9 @@ def written_value(site: Site | str, value: Tensor, new: Any) -> Tensor:
 @dataclass(frozen=True, eq=False, repr=False)
 class Intervene(Transform):
     writes: Mapping[Want, Write]
+
+    def key(self) -> tuple:
+        return (*super().key(), *self.writes.values())  # a function may or may not use the value it replaces
 
     def _run(self, params: Any, inputs: Any, extra: tuple, execution: Execution) -> Any:
         writer = _Writer(self.wants, self.writes)

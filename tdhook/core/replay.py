@@ -1,0 +1,100 @@
+"""Running a model again from the middle: a `Tape` keeps what the modules returned in one run, and `resume` runs the model with
+writes, taking from the tape every call that had finished before the first of them.
+
+Unlike `start_from`, nothing is analysed: what finished before a site cannot depend on it, so replaying it is exact, also for
+sites that a residual stream passes by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .functional import Execution, FunctionalModel
+from .scope import Observer
+from .sites import Site, Want
+from .structure import tensors
+from .tail import is_plain
+from .transforms import Write, _Reader, _Writer
+
+
+class _Recorder(Observer):
+    def __init__(self) -> None:
+        self.time = 0
+        self.open: list[tuple[bool, list[tuple[Tensor, int]]]] = []
+        self.finished: list[tuple[int, tuple[str, int], Any, list[tuple[Tensor, int]]]] = []
+
+    def enter(self, path: str, call: int, args: tuple, kwargs: dict) -> None:
+        self.time += 1
+        self.open.append((is_plain((args, kwargs)), _versions((args, kwargs))))
+
+    def leave(self, path: str, call: int, args: tuple, kwargs: dict, output: Any) -> None:
+        self.time += 1
+        plain, before = self.open.pop()
+        # A call that wrote into its arguments, or may have talked through an object, has to run again.
+        if plain and is_plain(output) and not _changed(before):
+            self.finished.append((self.time, (path, call), output, _versions(output)))
+
+
+def _versions(value: Any) -> list[tuple[Tensor, int]]:
+    return [(t, t._version) for _, t in tensors(value)]
+
+
+def _changed(versions: list[tuple[Tensor, int]]) -> bool:
+    return any(t._version != version for t, version in versions)
+
+
+class _TimedReader(_Reader):
+    """Reads the values at sites and the time at which each passes."""
+
+    def __init__(self, wants: tuple[Want, ...], recorder: _Recorder, clone: Any):
+        super().__init__(wants, clone)
+        self.recorder = recorder
+        self.times: dict[Want, int] = {}
+
+    def visit(self, want: Want, site: Site, value: Tensor) -> Tensor:
+        self.times.setdefault(want, self.recorder.time)
+        return super().visit(want, site, value)
+
+
+class Tape:
+    """One run of `f`, kept so that it can be resumed from the sites `wants`.
+
+    Attributes:
+        output: what `f(params, inputs)` returned.
+        values: the tensor at each of the sites.
+    """
+
+    def __init__(self, f: FunctionalModel, params: Any, inputs: Any, wants: tuple[Want, ...]):
+        self.f, self.params, self.inputs = f, params, inputs
+        compiling = torch.compiler.is_compiling()
+        mutated = f.base.blueprint.mutated
+        while True:
+            recorder = _Recorder()
+            reader = _TimedReader(wants, recorder, mutated.__contains__)
+            observer = None if compiling else recorder
+            self.output = f._run(params, inputs, (), Execution((reader,), observer))
+            overwritten = [] if compiling else reader.overwritten()
+            if not overwritten:
+                break
+            mutated.update(overwritten)
+        reader.finish()
+        self.values = {want: value for (want, _), (value, _) in reader.values.items()}
+        self._times = reader.times
+        # A batched tensor does not count its writes, so under vmap nothing is known to be still what it was.
+        known = not any(
+            torch._C._functorch.is_batchedtensor(t) for _, _, output, _ in recorder.finished for _, t in tensors(output)
+        )
+        self._finished = [entry[:3] for entry in recorder.finished if known and not _changed(entry[3])]
+
+    def resume(self, writes: Mapping[Want, Write]) -> Any:
+        """The output of `f` with values written at sites of the tape. Cost: the part of the forward after the first site."""
+        start = min(self._times[want] for want in writes)
+        substitutes = {call: output for time, call, output in self._finished if time <= start}
+        writer = _Writer(tuple(writes), writes)
+        output = self.f._run(self.params, self.inputs, (), Execution((writer,), substitutes=substitutes))
+        writer.finish()
+        return output

@@ -1,0 +1,257 @@
+"""The tail of a model: `start_from`, which gives the values at sites and runs only what they do not make superfluous.
+
+What may be left out is a question of data flow, not of order: a rotary table or a skip connection computed before the site may be
+needed after it. One run on fake tensors records, for every operation, the storages that it reads and writes and the module calls
+around it. Walking back from the outputs gives what is live; module calls without a live operation are then replaced by
+placeholders of NaN, which would show in the result if the analysis were wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .errors import InputError, ModelError, SiteError
+from .functional import Execution, FunctionalModel
+from .scope import Observer
+from .sites import Site, Want
+from .structure import describe, pytree
+from .tracing import run_abstract
+from .transforms import Sites, Transform, _take, _Writer, exact_wants, require_sites
+
+_PLAIN = (Tensor, int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, slice)
+
+
+def reachable_tensors(value: Any, depth: int = 4) -> Iterator[Tensor]:
+    """Every tensor in a value, also inside objects that are no containers (a key-value cache, say)."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, TensorDictBase)):
+        for element in value.values():
+            yield from reachable_tensors(element, depth)
+    elif isinstance(value, (tuple, list, set)):
+        for element in value:
+            yield from reachable_tensors(element, depth)
+    elif depth and hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
+        yield from reachable_tensors(vars(value), depth - 1)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value consists of tensors and constants only, so that calls can exchange nothing through it unseen."""
+    return all(isinstance(leaf, _PLAIN) for leaf in pytree.tree_leaves(value))
+
+
+@dataclass
+class _Call:
+    path: str
+    call: int
+    start: int
+    parent: _Call | None
+    end: int = -1
+    plain: bool = True
+    left_out: bool = False
+    output: Any = None
+
+
+class _Flow(Observer):
+    """Records operations as (read storages, written storages), and which of them each module call made."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[set[int], set[int]]] = []
+        self.calls: list[_Call] = []
+        self.open: list[_Call] = []
+        self.keep: list[Tensor] = []  # a storage that is freed would give its address to another
+
+    def storages(self, value: Any) -> set[int]:
+        found = set()
+        for tensor in reachable_tensors(value):
+            self.keep.append(tensor)
+            found.add(tensor.untyped_storage()._cdata)
+        return found
+
+    def enter(self, path: str, call: int, args: tuple, kwargs: dict) -> None:
+        parent = self.open[-1] if self.open else None
+        self.open.append(_Call(path, call, len(self.events), parent, plain=is_plain((args, kwargs))))
+
+    def leave(self, path: str, call: int, args: tuple, kwargs: dict, output: Any) -> None:
+        done = self.open.pop()
+        done.end, done.output = len(self.events), output
+        done.plain = done.plain and is_plain(output)
+        self.calls.append(done)
+
+    def live(self, output: Any) -> tuple[list[bool], set[int]]:
+        """Which events the output depends on, and all storages on the way."""
+        needed = self.storages(output)
+        flags = [False] * len(self.events)
+        for i in range(len(self.events) - 1, -1, -1):
+            reads, writes = self.events[i]
+            if writes & needed:
+                flags[i] = True
+                needed |= reads
+        return flags, needed
+
+
+class _FlowMode(TorchDispatchMode):
+    def __init__(self, flow: _Flow):
+        super().__init__()
+        self.flow = flow
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        reads = self.flow.storages((args, kwargs))
+        output = func(*args, **kwargs)
+        writes = self.flow.storages(output) - reads
+        for i, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                writes |= self.flow.storages(args[i] if i < len(args) else kwargs.get(argument.name))
+        self.flow.events.append((reads, writes))
+        return output
+
+
+@dataclass(frozen=True)
+class _Placeholder:
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def make(self) -> Tensor:
+        filler = float("nan") if self.dtype.is_floating_point or self.dtype.is_complex else 0
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device).fill_(filler)
+
+
+def _superfluous(
+    run: Any, params: Any, inputs: Any, extra: tuple, wants: tuple[Want, ...]
+) -> dict[tuple[str, int], Any]:
+    """The module calls that need not run, with placeholders for what they return."""
+    flow = _Flow()
+
+    def recorded(params: Any, inputs: Any, extra: tuple) -> tuple:
+        with _FlowMode(flow):
+            output = run(params, inputs, extra, flow)
+        return flow.live(output)
+
+    flags, needed = run_abstract(recorded, params, inputs, extra)
+    live_before = [0]
+    for flag in flags:
+        live_before.append(live_before[-1] + flag)
+    left_out = {}
+    # A call ends after its children, so in reverse a parent comes first; the children of what is left out never start.
+    for call in reversed(flow.calls):
+        idle = live_before[call.end] == live_before[call.start] and not flow.storages(call.output) & needed
+        call.left_out = (call.parent is not None and call.parent.left_out) or (
+            idle and call.plain and not _surrounds(call.path, wants)
+        )
+        if call.left_out and not (call.parent is not None and call.parent.left_out):
+            left_out[call.path, call.call] = pytree.tree_map_only(
+                Tensor, lambda t: _Placeholder(tuple(t.shape), tuple(t.stride()), t.dtype, t.device), call.output
+            )
+    return left_out
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class StartFrom(Transform):
+    single: bool
+
+    def _run(self, params: Any, inputs: Any, extra: tuple, execution: Execution) -> Any:
+        value, extra = _take(extra, "value")
+        writes = self._writes(value)
+        substitutes = None if torch.compiler.is_compiling() else self._left_out(params, inputs, extra, writes)
+        if execution.substitutes is not None:
+            substitutes = {**(substitutes or {}), **execution.substitutes}
+        writer = _Writer(self.wants, writes)
+        within = Execution((*execution.handlers, writer), execution.observer, substitutes)
+        output = self.inner._run(params, inputs, extra, within)
+        writer.finish()
+        return output
+
+    def _writes(self, value: Any) -> dict[Want, Tensor]:
+        if self.single:
+            value = {self.wants[0].request: value}
+        elif not isinstance(value, (Mapping, TensorDictBase)):
+            raise InputError(f"value is a mapping from the sites of start_from to tensors, got {describe(value)}.")
+        given = dict(value.items())
+        writes = {}
+        for want in self.wants:
+            name = str(want.site) if str(want.site) in given else want.request
+            if name not in given:
+                raise SiteError(f"value has no {str(want.site)!r}; it has {', '.join(map(repr, given)) or 'nothing'}.")
+            writes[want] = given[name]
+            if not isinstance(writes[want], Tensor):
+                raise InputError(f"value for {name!r} is {describe(writes[want])}; give a tensor.")
+        return writes
+
+    def _left_out(self, params: Any, inputs: Any, extra: tuple, writes: dict[Want, Tensor]) -> dict[tuple[str, int], Any]:
+        """The module calls that need not run with these shapes; found once and kept with the model."""
+        cache = self.base.blueprint.tails
+        leaves, spec = pytree.tree_flatten((inputs, extra, list(writes.values())))
+        key = (self.inner.key(), self.wants, str(spec), tuple(map(_signature, leaves)))
+        if key not in cache:
+            own = {w: str(w.site) for w in writes}
+
+            def run(params: Any, inputs: Any, extra: tuple, flow: _Flow) -> Any:
+                values, *rest = extra
+                writer = _Writer(self.wants, {w: values[name] for w, name in own.items()})
+                return self.inner._run(params, inputs, tuple(rest), Execution((writer,), flow))
+
+            try:
+                values = {name: writes[w] for w, name in own.items()}
+                left_out = _superfluous(run, params, inputs, (values, *extra), self.wants)
+            except ModelError:  # its control flow depends on values that cannot be seen here: run all of it
+                left_out = {}
+            while len(cache) >= 64:
+                cache.pop(next(iter(cache)))
+            cache[key] = left_out
+        return {
+            call: pytree.tree_map_only(_Placeholder, _Placeholder.make, output) for call, output in cache[key].items()
+        }
+
+
+def _surrounds(path_text: str, wants: tuple[Want, ...]) -> bool:
+    """Whether a site lies inside a module, or at its input, so that the module has to run for the site to be reached."""
+    path = Site.parse(path_text).path if path_text else ()
+    for want in wants:
+        inside = want.site.path[: len(path)] == path
+        own_output = want.site.path == path and want.site.op is None and want.site.port == "out"
+        if inside and not own_output:
+            return True
+    return False
+
+
+def _signature(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return (tuple(leaf.shape), leaf.dtype, leaf.device)
+    return leaf if isinstance(leaf, _PLAIN) else id(leaf)
+
+
+def start_from(f: FunctionalModel, sites: Sites) -> FunctionalModel:
+    """The tail of a model: the values at sites are given, and what only served to compute them does not run.
+
+        start_from(f, s)(params, x, stop_at(f, s)(params, x)) == f(params, x)
+
+    Args:
+        f: functional model.
+        sites: one exact address, or a list of them.
+
+    Returns:
+        `g(params, inputs, value) -> output`: `value` is the tensor at the site, or for a list a mapping from sites to tensors.
+        What the tail needs from before the site (masks, rotary tables, skip connections) is computed from `inputs`.
+
+    Raises:
+        SiteError: as `intervene`, a pattern, a value that is missing. A site inside what is left out is not reached.
+
+    Cost: the part of the forward pass that the output still needs, at the grain of module calls. The first call with new shapes
+    adds one run on fake tensors. Compiled, the compiler drops the rest.
+
+    >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()))
+    >>> start_from(f, "0")(params, torch.ones(1, 3), torch.tensor([[-1.0, 2.0]]))
+    tensor([[0., 2.]])
+    """
+    require_sites(f)
+    return StartFrom(f, exact_wants(f, sites, "start_from"), isinstance(sites, (str, Site)))

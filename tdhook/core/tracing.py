@@ -1,0 +1,226 @@
+"""What a model does with given inputs: the table of all sites, found by one run on fake tensors."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+
+from .errors import ModelError, SiteError, did_you_mean
+from .functional import Execution, FunctionalModel
+from .scope import Observer
+from .sites import Site, SiteLike, Tree
+from .structure import pytree, tensors
+from .transforms import require_sites
+
+_VALUE_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One value of a trace.
+
+    Attributes:
+        site: its canonical address.
+        kind: class name of the module, or `"operation"`.
+        shape, dtype: of the tensor.
+        depth: of the module in the tree, for printing.
+    """
+
+    site: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    depth: int
+
+
+@dataclass(frozen=True, repr=False)
+class Trace:
+    """All values of one run, in the order in which the modules and operations start.
+
+    `print(trace)` shows an aligned tree; iterating gives `Row`s; `trace["h.0"]` gives one of them; `trace.sites` lists the
+    addresses and `trace.select("h.*.attn")` those that match a pattern, a compiled regular expression or a predicate.
+    """
+
+    rows: tuple[Row, ...]
+
+    @property
+    def sites(self) -> list[str]:
+        return [row.site for row in self.rows]
+
+    def select(self, pattern: SiteLike) -> list[str]:
+        """The sites that match. A string without an operation matches modules, one with `/op` matches operations."""
+        if isinstance(pattern, re.Pattern):
+            return [site for site in self.sites if pattern.fullmatch(site)]
+        if callable(pattern) and not isinstance(pattern, Site):
+            return [site for site in self.sites if pattern(site)]
+        wanted = pattern if isinstance(pattern, Site) else Site.parse(pattern)
+        modules = Tree(tuple(dict.fromkeys(Site.parse(site).path for site in self.sites)))  # type: ignore[arg-type]
+        paths = {want.site.path for want in modules.resolve(wanted)}
+        found = []
+        for text in self.sites:
+            site = Site.parse(text)
+            fits = site.path in paths and wanted.call in (None, "*", site.call)
+            if fits and (site.op == wanted.op or (wanted.op == "*" and site.op)):
+                found.append(text)
+        return found
+
+    def __getitem__(self, site: str) -> Row:
+        for row in self.rows:
+            if row.site == site:
+                return row
+        raise SiteError(f"the trace has no site {site!r}." + did_you_mean(site, self.sites))
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        operations = sum(row.kind == "operation" for row in self.rows)
+        return f"Trace({len(self.rows) - operations} module sites, {operations} operation sites)"
+
+    def __str__(self) -> str:
+        names = ["  " * row.depth + row.site for row in self.rows]
+        width = max(map(len, names), default=0)
+        kinds = max((len(row.kind) for row in self.rows), default=0)
+        lines = [
+            f"{name:<{width}}  {row.kind:<{kinds}}  {str(row.dtype).removeprefix('torch.')}{list(row.shape)}"
+            for name, row in zip(names, self.rows)
+        ]
+        return "\n".join(lines)
+
+
+class _Tracer(Observer):
+    def __init__(self, operations: bool):
+        self.operations = operations
+        self.found: list[tuple[tuple[str, str | None, int], str, Any]] = []
+        self.kinds: dict[str, str] = {}
+
+    def enter(self, path: str, call: int, args: tuple, kwargs: dict) -> None:
+        self.found.append(((path, None, call), "", None))
+
+    def leave(self, path: str, call: int, args: tuple, kwargs: dict, output: Any) -> None:
+        key = (path, None, call)
+        place = next(i for i, (k, _, _) in enumerate(self.found) if k == key)
+        self.found[place] = (key, "", _shapes(output))
+
+    def operation(self, path: str, op: str, call: int, args: tuple, kwargs: dict, output: Any) -> None:
+        self.found.append(((path, op, call), "operation", _shapes(output)))
+
+
+def _shapes(output: Any) -> list[tuple[tuple, tuple[int, ...], torch.dtype]]:
+    return [(keys, tuple(t.shape), t.dtype) for keys, t in tensors(output)]
+
+
+def trace(f: FunctionalModel, params: Any, inputs: Any, *extra: Any, operations: bool = True) -> Trace:
+    """Lists every site that the model reaches with inputs of these shapes.
+
+    Args:
+        f: functional model; *extra are the further arguments it takes, if any.
+        params, inputs: as `f` takes them; only shapes, dtypes and devices matter.
+        operations: list operation sites too.
+
+    Returns:
+        A `Trace`: rows of site, kind, shape and dtype, in execution order.
+
+    Cost: one run on fake tensors, which computes nothing. A model whose control flow depends on values is run for real.
+
+    >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()))
+    >>> print(trace(f, params, torch.ones(1, 3)))
+    :out        Sequential  float32[1, 2]
+      0         Linear      float32[1, 2]
+        0/linear  operation   float32[1, 2]
+      1         ReLU        float32[1, 2]
+        1/relu    operation   float32[1, 2]
+    """
+    require_sites(f)
+    tracer = _Tracer(operations)
+    run_abstract(lambda p, x, e: f._run(p, x, e, Execution(observer=tracer)), params, inputs, extra)
+    kinds = f.base.blueprint.kinds
+    calls: dict[tuple[str, str | None], int] = {}
+    for (path, op, _), _, _ in tracer.found:
+        calls[path, op] = calls.get((path, op), 0) + 1
+    rows = []
+    for (path, op, call), kind, shapes in tracer.found:
+        site = Site.parse(path) if path else Site()
+        site = replace(site, op=op, call=call if calls[path, op] > 1 else None)
+        for keys, shape, dtype in shapes or ():
+            depth = len(site.path) + (op is not None)
+            rows.append(Row(str(replace(site, keys=keys)), kind or kinds[path], shape, dtype, depth))
+    return Trace(tuple(rows))
+
+
+def run_abstract(run: Callable, *arguments: Any) -> Any:
+    """`run(*arguments)` on fake tensors of the same shapes, outside of any transform that surrounds the caller.
+
+    Where the model asks for values, it runs on the real ones instead. Raises ModelError when that is impossible because the
+    arguments are batched by a surrounding vmap.
+    """
+    leaves, spec = pytree.tree_flatten(arguments)
+    described = [_Spec.of(leaf) for leaf in leaves]
+
+    def abstract() -> Any:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            return run(*pytree.tree_unflatten([d.make() for d in described], spec))
+
+    def real() -> Any:
+        with torch.no_grad():
+            return run(*arguments)
+
+    try:
+        return _in_thread(abstract)
+    except _VALUE_DEPENDENT as error:
+        if any(isinstance(leaf, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(leaf) for leaf in leaves):
+            raise ModelError(f"the control flow of the model depends on values, which a transform hides here: {error}") from error
+        return _in_thread(real)
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """What a fake copy of a leaf needs, read where the leaf may be looked at."""
+
+    leaf: Any
+    shape: tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+
+    @staticmethod
+    def of(leaf: Any) -> _Spec:
+        if isinstance(leaf, Tensor):
+            return _Spec(None, tuple(leaf.shape), leaf.dtype, leaf.device)
+        return _Spec(leaf)
+
+    def make(self) -> Any:
+        return self.leaf if self.shape is None else torch.empty(self.shape, dtype=self.dtype, device=self.device)
+
+
+def _in_thread(function: Callable[[], Any]) -> Any:
+    """Calls `function` in a thread of its own: vmap levels, grad modes, function modes and twins are all per thread."""
+    outcome: list[Any] = []
+
+    def work() -> None:
+        try:
+            outcome.extend((function(), None))
+        except BaseException as error:
+            outcome.extend((None, error))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result
