@@ -45,6 +45,17 @@ def _resolve(tree: Tree, sites: Sites) -> tuple[Want, ...]:
     return tree.resolve(sites)
 
 
+def expand(f: FunctionalModel, sites: Sites) -> list[str]:
+    """The canonical addresses that `sites` mean in a model, in registration order.
+
+    >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()))
+    >>> expand(f, "*:in")
+    ['0:in', '1:in']
+    """
+    require_sites(f)
+    return [str(want.site) for want in resolve(f, sites)]
+
+
 def require_sites(f: Any) -> None:
     """Raises `ModelError` unless `f` is a functional model."""
     if not isinstance(f, FunctionalModel):

@@ -1,0 +1,41 @@
+"""Batched axes: many cotangents through one pullback, and chunks that bound memory without changing results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+
+def chunks(length: int, chunk_size: int | None) -> Iterator[slice]:
+    """Slices that cover `range(length)` in order, each of at most `chunk_size`.
+
+    >>> list(chunks(5, 2))
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    step = length if chunk_size is None else min(chunk_size, length)
+    for start in range(0, length, max(step, 1)):
+        yield slice(start, min(start + step, length))
+
+
+def pull_each(pull: Callable[[Tensor], Any], values: Tensor, weights: Tensor, chunk_size: int | None) -> Any:
+    """Pulls back one cotangent per target.
+
+    Args:
+        pull: pullback of a function that returned `values`.
+        values: Tensor [*lead, T].
+        weights: Tensor that broadcasts to [*lead, 1]: the cotangent of target t is `weights` in column t and 0 elsewhere.
+        chunk_size: how many targets at once.
+
+    Returns:
+        What `pull` returns, with a leading dimension T.
+    """
+
+    def pull_one(unit: Tensor) -> Any:
+        return pull((weights * unit).expand(values.shape))
+
+    units = torch.eye(values.shape[-1], dtype=values.dtype, device=values.device)
+    return vmap(pull_one, chunk_size=chunk_size)(units)

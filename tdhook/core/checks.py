@@ -1,0 +1,40 @@
+"""Checks that several methods make of their arguments before anything is computed."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from .errors import GradientError, InputError, TdhookWarning
+from .functional import FunctionalModel
+from .structure import describe
+
+
+def require_gradients(method: str) -> None:
+    """Raises `GradientError` where autograd is off: a gradient would be computed behind the caller's back, or be zero."""
+    if not torch.is_grad_enabled():
+        raise GradientError(f"{method} needs gradients, but grad mode is off; call it outside of torch.no_grad and inference_mode.")
+
+
+def warn_if_stochastic(f: Any, method: str) -> None:
+    """Warns when dropout or batch statistics make the model random or couple the examples of a batch."""
+    modules = f.base.blueprint.stochastic if isinstance(f, FunctionalModel) else ()
+    if modules:
+        warnings.warn(
+            f"{method}: the model is in train mode, where {modules[0]!r}"
+            + (f" and {len(modules) - 1} more modules drop" if len(modules) > 1 else " drops")
+            + " values or mix examples; call model.eval() before tdhook.functionalize(model).",
+            TdhookWarning,
+            stacklevel=3,
+        )
+
+
+def require_positive(name: str, value: Any, least: int = 1, optional: bool = False) -> None:
+    """Raises `InputError` unless `value` is an integer of at least `least` (or None where that is allowed)."""
+    if optional and value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        allowed = f"an integer of at least {least}" + (" or None" if optional else "")
+        raise InputError(f"{name} is {allowed}, got {describe(value)}.")
