@@ -16,7 +16,7 @@ from . import structure
 from .errors import InputError, ModelError
 from .scope import Frame, Handler, Observer
 from .sites import Tree, join_path
-from .twin import Twin, copy_tree
+from .twin import Twin, copy_tree, eager_class
 
 
 class FunctionalModel:
@@ -140,9 +140,8 @@ class Blueprint:
         self.kinds = {join_path(path.split(".")) if path else "": type(m).__name__ for path, m in module.named_modules()}
         self.mutated: set[str] = set()  # sites whose value the model overwrites after it was read
         self.tails: dict[Any, dict] = {}  # what start_from found that it can leave out
-        self.template = Twin(module, tensor_names)
+        self.template = Twin(module, tensor_names)  # never run but by Dynamo, so that it can be copied at any time
         self._threads = threading.local()
-        self._threads.twin = self.template
 
     def twin(self) -> Twin:
         """The twin of the current thread."""
@@ -155,7 +154,7 @@ class Blueprint:
         return twin
 
     def __reduce__(self) -> tuple:
-        skeleton = copy_tree(self.template.root, _plain_class)[self.template.root]
+        skeleton = copy_tree(self.template.root, eager_class)[self.template.root]
         return Blueprint, (skeleton, self.tensor_names)
 
 
@@ -264,12 +263,3 @@ def _stochastic(module: nn.Module) -> Sequence[str]:
             or (isinstance(m, nn.modules.batchnorm._NormBase) and not isinstance(m, nn.modules.instancenorm._InstanceNorm))
         )
     ]
-
-
-def _plain_class(module: nn.Module, state: dict) -> type:
-    """Class and state of a twin's module without what makes it a twin, for pickling."""
-    if "_tdhook_forward" in state:
-        state["forward"] = state.pop("_tdhook_forward")
-    for name in ("_tdhook_cell", "_tdhook_names", "_tdhook_path"):
-        state.pop(name, None)
-    return type(module)._tdhook_base  # type: ignore[return-value]

@@ -2,7 +2,8 @@
 
 Each module of the twin is a shallow copy whose class is a subclass of the original's, with a `forward` that asks the frame of
 the current run first. Parameters and buffers are not held between runs: a run installs them and takes them out again. Shared
-modules stay shared, the user's modules are never touched.
+modules stay shared, the user's modules are never touched. What a forward writes into attributes, lists and dicts of its modules
+is undone when the run ends.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Union
 
 from torch import Tensor, nn
 
@@ -21,12 +23,26 @@ from .scope import Frame
 from .sites import join_path
 
 
+class _Absent:
+    """The value of an attribute that is not there."""
+
+
+Undo = list[tuple[Union[nn.Module, dict], str, Any]]  # (module or one of its tables, name, value before)
+
+
 class Cell:
-    """What the modules of one twin share: the frame of the current run and the log of attributes it wrote."""
+    """What the modules of one twin share: the frame of the current run and the log of what it wrote."""
 
     def __init__(self) -> None:
         self.frame: Frame | None = None
-        self.written: list[tuple[nn.Module, str, bool, Any]] | None = None
+        self.written: Undo | None = None
+
+
+@dataclass(frozen=True)
+class Registered:
+    """Stands for a parameter or buffer where a module holds it a second time, in a plain attribute."""
+
+    key: tuple[str, ...]
 
 
 @functools.lru_cache(maxsize=None)
@@ -47,8 +63,8 @@ def twin_class(cls: type, patched: bool) -> type:
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
         written = self._tdhook_cell.written
-        if written is not None and name not in self._parameters and name not in self._buffers:
-            written.append((self, name, name in self.__dict__, self.__dict__.get(name)))
+        if written is not None:
+            written.append(_before(self, name))
         set_attribute(self, name, value)
 
     members = {
@@ -61,6 +77,23 @@ def twin_class(cls: type, patched: bool) -> type:
     return type(cls)(cls.__name__, (cls,), members)
 
 
+def _before(module: nn.Module, name: str) -> tuple[nn.Module | dict, str, Any]:
+    for table in (module._parameters, module._buffers, module._modules):
+        if name in table:
+            return table, name, table[name]
+    return module, name, module.__dict__.get(name, _Absent)
+
+
+def _take_back(written: Undo) -> None:
+    for place, name, value in reversed(written):
+        if isinstance(place, dict):
+            place[name] = value
+        elif value is not _Absent:
+            object.__setattr__(place, name, value)
+        elif _before(place, name)[2] is not _Absent:
+            delattr(place, name)
+
+
 @functools.lru_cache(maxsize=None)
 def argument_names(cls: type) -> tuple[str, ...]:
     """Names of the parameters of `cls.forward` that can be passed by position."""
@@ -69,6 +102,37 @@ def argument_names(cls: type) -> tuple[str, ...]:
     except (TypeError, ValueError):
         return ()
     return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+
+
+_MODULE_STATE = frozenset(nn.Module().__dict__)
+
+
+class _Eager(nn.Module):
+    """Takes the place of a compiled submodule, whose call would lead back to the module of the user."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._orig_mod(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._modules["_orig_mod"], name)
+
+
+def eager_class(module: nn.Module, state: dict) -> type:
+    """The class of a module without what makes it a twin or compiled; takes the same out of `state`."""
+    cls = getattr(type(module), "_tdhook_base", type(module))
+    if "_tdhook_forward" in state:
+        state["forward"] = state.pop("_tdhook_forward")
+    for name in ("_tdhook_cell", "_tdhook_names", "_tdhook_path"):
+        state.pop(name, None)
+    state["_compiled_call_impl"] = None
+    if "dynamo_ctx" in state and "_orig_mod" in module._modules:  # what torch.compile(module) returns
+        for name in set(state) - _MODULE_STATE:
+            del state[name]
+        return _Eager
+    return cls
 
 
 def copy_tree(root: nn.Module, class_of: Callable[[nn.Module, dict], type]) -> dict[nn.Module, nn.Module]:
@@ -88,35 +152,61 @@ def copy_tree(root: nn.Module, class_of: Callable[[nn.Module, dict], type]) -> d
 
 
 def _remap(value: Any, copies: dict[nn.Module, nn.Module], memo: dict[int, Any]) -> Any:
-    """`value` with the modules in it replaced by their copies; containers are copied, so that neither side sees the other write."""
+    """`value` with the modules in it replaced by their copies, also those that bound methods, partials and closures hold."""
     if isinstance(value, nn.Module):
         return copies.get(value, value)
-    kind = type(value)
-    if kind is types.MethodType:
+    if isinstance(value, types.MethodType):
         return types.MethodType(value.__func__, _remap(value.__self__, copies, memo))
-    if kind is functools.partial:
-        remapped = (_remap(part, copies, memo) for part in (value.func, value.args, value.keywords))
-        func, args, keywords = remapped
+    if type(value) is functools.partial:
+        func, args, keywords = (_remap(part, copies, memo) for part in (value.func, value.args, value.keywords))
         return functools.partial(func, *args, **keywords)
-    if not isinstance(value, (list, tuple, dict, set)):
+    if isinstance(value, types.FunctionType):
+        return _remap_closure(value, copies, memo)
+    return map_containers(value, lambda leaf: _remap(leaf, copies, memo), memo)
+
+
+def _remap_closure(function: types.FunctionType, copies: dict[nn.Module, nn.Module], memo: dict[int, Any]) -> Any:
+    if id(function) in memo:
+        return memo[id(function)]
+    memo[id(function)] = function  # one that refers to itself stays as it is
+    cells = []
+    for cell in function.__closure__ or ():
+        try:
+            held = cell.cell_contents
+        except ValueError:  # an empty cell
+            held = None
+        # Lists and dicts stay shared: a hook that collects into one of the user's goes on doing so.
+        reaches = isinstance(held, (nn.Module, types.MethodType, types.FunctionType, functools.partial))
+        new = _remap(held, copies, memo) if reaches else held
+        cells.append(types.CellType(new) if new is not held and new != held else cell)
+    if all(new is old for new, old in zip(cells, function.__closure__ or ())):
+        return function
+    remapped = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
+    )
+    remapped.__kwdefaults__ = function.__kwdefaults__
+    remapped.__dict__.update(function.__dict__)
+    memo[id(function)] = remapped
+    return remapped
+
+
+def map_containers(value: Any, function: Callable[[Any], Any], memo: dict[int, Any]) -> Any:
+    """`value` with its lists, dicts, sets and tuples copied and `function` applied to what they hold; shared ones stay shared."""
+    kind: Any = type(value)
+    if not (isinstance(value, dict) or kind in (list, tuple, set)):
         return value
     if id(value) in memo:
         return memo[id(value)]
     if isinstance(value, dict):
-        new: Any = value.copy()
-        memo[id(value)] = new
+        new = memo[id(value)] = value.copy()
         for key, element in value.items():
-            new[key] = _remap(element, copies, memo)
+            new[key] = function(element)
     elif kind is list:
         new = memo[id(value)] = []
-        new.extend(_remap(element, copies, memo) for element in value)
-    elif kind is tuple:
-        new = tuple(_remap(element, copies, memo) for element in value)
-    elif kind is set:
-        new = {_remap(element, copies, memo) for element in value}
+        for element in value:
+            new.append(function(element))
     else:
-        new = value
-    memo[id(value)] = new
+        new = memo[id(value)] = kind([function(element) for element in value])
     return new
 
 
@@ -140,9 +230,9 @@ class Twin:
         self.cell = Cell()
 
         def class_of(module: nn.Module, state: dict) -> type:
-            cls = getattr(type(module), "_tdhook_base", type(module))
-            patched = "forward" in state or "_tdhook_forward" in state
-            if "forward" in state:
+            cls = eager_class(module, state)
+            patched = "forward" in state
+            if patched:
                 state["_tdhook_forward"] = state.pop("forward")
             state["_tdhook_cell"] = self.cell
             state["_tdhook_names"] = argument_names(cls)
@@ -156,10 +246,42 @@ class Twin:
             by_path[names] = copies[module]
             copies[module].__dict__["_tdhook_path"] = join_path(names)
         self.slots = Slots()
+        self.first: dict[tuple[str, ...], tuple[dict[str, Any], str]] = {}  # where to find an installed tensor
+        self.attributes = self._attributes(tensor_names, by_path)
         self._fill_slots(tensor_names, by_path)
-        self.recurrent = [m for m in copies.values() if isinstance(m, nn.RNNBase)]
         for module in copies.values():
             _switch_off_fast_path(module)
+
+    def _attributes(self, tensor_names: Mapping, by_path: Mapping) -> list[tuple[nn.Module, str, Any]]:
+        """The plain attributes that a forward may write into: those that hold tensors or containers. Each run gets copies."""
+        keys = {}
+        for key, owners in tensor_names.items():
+            path, table, name = owners[0]
+            self.first[key] = (by_path[path].__dict__[table], name)
+            keys[id(by_path[path].__dict__[table][name])] = key
+        memo: dict[int, Any] = {}
+
+        def hold(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return Registered(keys[id(value)]) if id(value) in keys else value.detach()
+            return map_containers(value, hold, memo)
+
+        found = []
+        for module in by_path.values():
+            for name, value in module.__dict__.items():
+                if name not in _MODULE_STATE and isinstance(value, (Tensor, list, tuple, dict, set, Registered)):
+                    held = module.__dict__[name] = hold(value)
+                    if not _is_constant(held):
+                        found.append((module, name, held))
+        return found
+
+    def _renew(self, value: Any, memo: dict[int, Any]) -> Any:
+        if isinstance(value, Tensor):
+            return value.clone()
+        if isinstance(value, Registered):
+            entries, name = self.first[value.key]
+            return entries[name]
+        return map_containers(value, lambda leaf: self._renew(leaf, memo), memo)
 
     def _fill_slots(self, tensor_names: Mapping, by_path: Mapping) -> None:
         for key, owners in tensor_names.items():
@@ -181,26 +303,23 @@ class Twin:
         """One forward with `params` in place. The twin is as before afterwards, also when the forward raises."""
         cell = self.cell
         before = (cell.frame, cell.written)
-        undo: list[tuple[dict, str, Tensor | None]] = []
-        written: list[tuple[nn.Module, str, bool, Any]] = []
+        undo: Undo = []
+        written: Undo = []
         try:
             self._install(self.slots, params, (), undo)
             cell.frame, cell.written = frame, written
-            for module in self.recurrent:
-                module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
+            memo: dict[int, Any] = {}
+            for module, name, value in self.attributes:
+                written.append((module, name, module.__dict__[name]))
+                object.__setattr__(module, name, self._renew(value, memo))
             if frame is not None and frame.wants_operations:
                 with OperationMode(frame):
                     return self.root(*args, **kwargs)
             return self.root(*args, **kwargs)
         finally:
             cell.frame, cell.written = before
-            for entries, name, value in undo:
-                entries[name] = value
-            for module, name, was_there, value in reversed(written):
-                if was_there:
-                    object.__setattr__(module, name, value)
-                elif name in module.__dict__:
-                    delattr(module, name)
+            _take_back(written)
+            _take_back(undo)
 
     def _install(self, slots: Slots, params: Any, path: tuple[str, ...], undo: list) -> None:
         try:
@@ -235,6 +354,13 @@ class Twin:
             f"params has {join_path((*path, extra))!r}, which the model does not use."
             + did_you_mean(join_path((*path, extra)), self.slots.names())
         )
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether nothing can be written into a value."""
+    return not isinstance(value, (Tensor, list, dict, set, Registered)) and (
+        not isinstance(value, tuple) or all(map(_is_constant, value))
+    )
 
 
 def _switch_off_fast_path(module: nn.Module) -> None:

@@ -28,18 +28,18 @@ class Patching:
     """The metric of every patch, and of the two runs.
 
     Attributes:
-        values: Tensor [S, P, *M] for S sites, P positions and a metric of shape M ([] or [B]); [S, *M] for whole sites.
+        patched: Tensor [S, P, *M] for S sites, P positions and a metric of shape M ([] or [B]); [S, *M] for whole sites.
         clean, corrupted: Tensor [*M], the metric of the unpatched runs.
     """
 
-    values: Tensor
+    patched: Tensor
     clean: Tensor
     corrupted: Tensor
 
     @property
     def normalized(self) -> Tensor:
-        """`(values - corrupted) / (clean - corrupted)`: 0 is the corrupted run, 1 the clean one."""
-        return (self.values - self.corrupted) / (self.clean - self.corrupted)
+        """`(patched - corrupted) / (clean - corrupted)`: 0 is the corrupted run, 1 the clean one."""
+        return (self.patched - self.corrupted) / (self.clean - self.corrupted)
 
 
 def activation_patching(
@@ -58,8 +58,8 @@ def activation_patching(
 ) -> Patching:
     """The metric after each single patch: one site, one position, taken from the other run.
 
-        denoise: values[s, p] = metric(f(corrupted; do(a_s[p] = a_s[p] of the clean run)))
-        noise:   values[s, p] = metric(f(clean; do(a_s[p] = a_s[p] of the corrupted run)))
+        denoise: patched[s, p] = metric(f(corrupted; do(a_s[p] = a_s[p] of the clean run)))
+        noise:   patched[s, p] = metric(f(clean; do(a_s[p] = a_s[p] of the corrupted run)))
 
     Args:
         f: functional model.
@@ -75,7 +75,7 @@ def activation_patching(
         progress: called as `progress(done, total)` after every site; see `tdhook.tqdm_progress`.
 
     Returns:
-        `Patching` with `values`, `clean`, `corrupted`, and `normalized`.
+        `Patching` with `patched`, `clean`, `corrupted`, and `normalized`.
 
     Raises:
         InputError: inputs that do not align, an unknown direction, positions or axis out of range. SiteError: as `capture`.
@@ -92,7 +92,7 @@ def activation_patching(
     >>> model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Flatten(), torch.nn.Linear(3, 1, bias=False))
     >>> f, params = tdhook.functionalize(model)
     >>> result = activation_patching(f, params, torch.ones(1, 3), torch.zeros(1, 3), lambda out: out.sum(), sites="0")
-    >>> torch.allclose(result.values[0], params["2", "weight"][0])
+    >>> torch.allclose(result.patched[0], params["2", "weight"][0])
     True
     """
     require_sites(f)
@@ -120,9 +120,8 @@ def activation_patching(
         rows.append(_patch_site(base, metric, base_metric, want, source[str(want.site)], place, axis, chunk_size))
         if progress is not None:
             progress(done, len(wants))
-    values = torch.stack(rows)
     clean_metric, corrupted_metric = (source_metric, base_metric) if direction == "denoise" else (base_metric, source_metric)
-    return Patching(values=values, clean=clean_metric, corrupted=corrupted_metric, batch_size=[])
+    return Patching(patched=torch.stack(rows), clean=clean_metric, corrupted=corrupted_metric, batch_size=[])
 
 
 def _require_aligned(clean: Any, corrupted: Any) -> None:
