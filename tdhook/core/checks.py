@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from tensordict import TensorDictBase
 
 from .errors import GradientError, InputError, TdhookWarning
 from .functional import FunctionalModel
@@ -29,6 +31,22 @@ def warn_if_stochastic(f: Any, method: str) -> None:
             TdhookWarning,
             stacklevel=3,
         )
+
+
+def flatten_as(name: str, value: Any, inputs: Any) -> list[Any]:
+    """The leaves of `value` in the order of those of `inputs`, whose structure it has; its mappings may be in another order.
+
+    Raises `InputError` for another structure. What stands for a whole tensor may be None or a number.
+    """
+    if isinstance(inputs, (Mapping, TensorDictBase)):
+        if isinstance(value, (Mapping, TensorDictBase)) and set(value.keys()) == set(inputs.keys()):
+            return [leaf for key in inputs.keys() for leaf in flatten_as(name, value[key], inputs[key])]
+    elif isinstance(inputs, (tuple, list)):
+        if isinstance(value, (tuple, list)) and len(value) == len(inputs):
+            return [leaf for v, i in zip(value, inputs) for leaf in flatten_as(name, v, i)]
+    else:
+        return [value]
+    raise InputError(f"{name} is {describe(value)}, which is not the structure of inputs, {describe(inputs)}.")
 
 
 def require_positive(name: str, value: Any, least: int = 1, optional: bool = False) -> None:

@@ -102,19 +102,20 @@ class Functional(FunctionalModel):
         return self.blueprint.twin().run(params, args, kwargs, execution.frame())
 
     def _arguments(self, inputs: Any) -> tuple[tuple, dict]:
+        constants = structure.fresh(self.constants) if self.constants else {}
         if isinstance(inputs, Tensor):
-            return (inputs.clone(),), self.constants
-        inputs = structure.fresh(inputs)
+            return (inputs.clone(),), constants
         if isinstance(inputs, tuple):
-            return inputs, self.constants
+            return structure.fresh(inputs), constants
         if isinstance(inputs, TensorDictBase) and self.blueprint.takes_tensordict:
-            return (inputs,), self.constants
+            return (structure.fresh(inputs),), constants
         if isinstance(inputs, (Mapping, TensorDictBase)):
-            named = {str(name): value for name, value in inputs.items()}
-            twice = sorted(set(named) & set(self.constants))
+            named = structure.fresh({str(name): value for name, value in inputs.items()})
+            twice = sorted(set(named) & set(constants))
             if twice:
-                raise InputError(f"inputs has {twice[0]!r}, which functionalize already bound to {self.constants[twice[0]]!r}.")
-            return (), {**named, **self.constants}
+                bound = structure.describe(constants[twice[0]])
+                raise InputError(f"inputs has {twice[0]!r}, which functionalize already bound to {bound}.")
+            return (), {**named, **constants}
         raise InputError(
             "inputs is a tensor (one positional argument), a tuple (positional arguments) or a mapping (named arguments), "
             f"got {structure.describe(inputs)}; wrap another kind of argument in a tuple: (value,)."
@@ -144,14 +145,16 @@ class Blueprint:
         self._threads = threading.local()
 
     def twin(self) -> Twin:
-        """The twin of the current thread."""
+        """A twin of the current thread that is not at work: a write may call the model that it writes into."""
         if torch.compiler.is_compiling():
             # Dynamo traces under a lock of its own, and cannot trace the making of a twin.
             return self.template
-        twin = getattr(self._threads, "twin", None)
-        if twin is None:
-            twin = self._threads.twin = Twin(self.template.root, self.tensor_names)
-        return twin
+        twins = self._threads.__dict__.setdefault("twins", [])
+        for twin in twins:
+            if twin.cell.written is None:
+                return twin
+        twins.append(Twin(self.template.root, self.tensor_names))
+        return twins[-1]
 
     def __reduce__(self) -> tuple:
         skeleton = copy_tree(self.template.root, eager_class)[self.template.root]

@@ -34,6 +34,18 @@ def operation_name(function: Callable) -> str:
     return _RENAMED.get(name, name)
 
 
+@torch.compiler.assume_constant_result
+def is_in_place(function: Callable) -> bool:
+    """Whether an operation overwrites its first argument and returns it.
+
+    >>> is_in_place(torch.Tensor.__iadd__), is_in_place(torch.relu_), is_in_place(torch.Tensor.__invert__)
+    (True, True, False)
+    """
+    name = getattr(function, "__name__", "")
+    augmented = name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}")
+    return augmented or (name.endswith("_") and not name.endswith("__"))
+
+
 class OperationMode(TorchFunctionMode):
     """Reports each torch function to the frame. Entered only when a transform asks for operations: it costs per call."""
 
@@ -46,6 +58,7 @@ class OperationMode(TorchFunctionMode):
         name = operation_name(func)
         if name == "get" or self.frame.paused:  # "get": attribute access such as x.shape
             return func(*args, **kwargs)
-        return self.frame.call_operation(name, func, args, kwargs)
+        in_place = is_in_place(func) or bool(kwargs.get("inplace"))
+        return self.frame.call_operation(name, func, in_place, args, kwargs)
 
 

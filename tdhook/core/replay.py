@@ -7,7 +7,8 @@ sites that a residual stream passes by.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,25 +18,27 @@ from .functional import Execution, FunctionalModel
 from .scope import Observer
 from .sites import Site, Want
 from .structure import tensors
-from .tail import is_plain
+from .tail import Effects, inner_wants, surrounds
 from .transforms import Write, _Reader, _Writer
 
 
 class _Recorder(Observer):
-    def __init__(self) -> None:
+    def __init__(self, f: FunctionalModel) -> None:
+        self.f = f
+        self.kept = inner_wants(f)
         self.time = 0
-        self.open: list[tuple[bool, list[tuple[Tensor, int]]]] = []
+        self.open: list[tuple[Effects, list[tuple[Tensor, int]]]] = []
         self.finished: list[tuple[int, tuple[str, int], Any, list[tuple[Tensor, int]]]] = []
 
     def enter(self, path: str, call: int, args: tuple, kwargs: dict) -> None:
         self.time += 1
-        self.open.append((is_plain((args, kwargs)), _versions((args, kwargs))))
+        self.open.append((Effects(self.f, (args, kwargs)), _versions((args, kwargs))))
 
     def leave(self, path: str, call: int, args: tuple, kwargs: dict, output: Any) -> None:
         self.time += 1
-        plain, before = self.open.pop()
-        # A call that wrote into its arguments, or may have talked through an object, has to run again.
-        if plain and is_plain(output) and not _changed(before):
+        effects, before = self.open.pop()
+        # A call that wrote into its arguments, or may have told others something, has to run again.
+        if effects.none(output) and not _changed(before) and not surrounds(path, self.kept):
             self.finished.append((self.time, (path, call), output, _versions(output)))
 
 
@@ -45,6 +48,16 @@ def _versions(value: Any) -> list[tuple[Tensor, int]]:
 
 def _changed(versions: list[tuple[Tensor, int]]) -> bool:
     return any(t._version != version for t, version in versions)
+
+
+@contextmanager
+def _counting_writes() -> Iterator[None]:
+    """Tensors of inference mode do not count their writes, so a tape works outside of it."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        yield
+    else:
+        with torch.inference_mode(False), torch.no_grad():
+            yield
 
 
 class _TimedReader(_Reader):
@@ -73,10 +86,11 @@ class Tape:
         compiling = torch.compiler.is_compiling()
         mutated = f.base.blueprint.mutated
         while True:
-            recorder = _Recorder()
+            recorder = _Recorder(f)
             reader = _TimedReader(wants, recorder, mutated.__contains__)
             observer = None if compiling else recorder
-            self.output = f._run(params, inputs, (), Execution((reader,), observer))
+            with _counting_writes():
+                self.output = f._run(params, inputs, (), Execution((reader,), observer))
             overwritten = [] if compiling else reader.overwritten()
             if not overwritten:
                 break
@@ -95,6 +109,7 @@ class Tape:
         start = min(self._times[want] for want in writes)
         substitutes = {call: output for time, call, output in self._finished if time <= start}
         writer = _Writer(tuple(writes), writes)
-        output = self.f._run(self.params, self.inputs, (), Execution((writer,), substitutes=substitutes))
+        with _counting_writes():
+            output = self.f._run(self.params, self.inputs, (), Execution((writer,), substitutes=substitutes))
         writer.finish()
         return output

@@ -127,23 +127,24 @@ class Frame:
             self.observer.leave(path, call, args, kwargs, output)
         return self._visit_output(taps, None, call, output) if taps else output
 
-    def call_operation(self, op: str, function: Callable, args: tuple, kwargs: dict) -> Any:
-        """Runs one operation inside the current module."""
+    def call_operation(self, op: str, function: Callable, in_place: bool, args: tuple, kwargs: dict) -> Any:
+        """Runs one operation inside the current module; `in_place` when it overwrites its first argument and returns it."""
         path = self.stack[-1] if self.stack else ""
         taps = [tap for tap in self.operations.get(path, ()) if tap[1].site.op in ("*", op)]
         call = self._count(path, op)
         if taps:
             args, kwargs = self._visit_inputs(taps, op, call, args, kwargs, ())
+        target = None
+        if taps and in_place and args and isinstance(args[0], Tensor):
+            # `x.relu_()` without assignment: the model goes on with x, so the written value has to be in x. The operation
+            # itself writes into a copy, which its backward may keep.
+            target, args = args[0], (args[0].clone(), *args[1:])
         output = function(*args, **kwargs)
         if self.observer is not None:
             self.observer.operation(path, op, call, args, kwargs, output)
-        if not taps:
-            return output
-        edited = self._visit_output(taps, op, call, output)
-        if edited is not output and args and output is args[0]:
-            # `x.relu_()` without assignment: the model goes on with x, so the written value has to be in x.
-            return output.copy_(edited)
-        return edited
+        if taps:
+            output = self._visit_output(taps, op, call, output)
+        return output if target is None else target.copy_(output)
 
     def _count(self, path: str, op: str | None) -> int:
         call = self.counts.get((path, op), 0)

@@ -2,7 +2,7 @@
 
     site  := path [":" port]  |  path "/" op [":" port]          an "@" call may stand before the port
     path  := component ("." component | "[" int, slice or "quoted name" "]")*
-    port  := ("out" | "in") ("[" int or name "]")*
+    port  := ("out" | "in") ("[" int, name or "quoted name" "]")*
 
 >>> Site.parse("h[3].mlp:out")
 Site('h.3.mlp')
@@ -30,14 +30,15 @@ SiteLike = Union[str, "Site", re.Pattern, Callable[[str], bool]]
 _PLAIN = re.compile(r"[A-Za-z0-9_\-]+\Z")
 _TOKEN = re.compile(
     r"""(?P<dot>\.)?(?P<name>[A-Za-z0-9_\-*]+)
-      | \[(?P<index>-?\d+)\]
-      | \[(?P<slice>-?\d*:-?\d*(?::-?\d*)?)\]
+      | \[(?P<index>-?\d{1,9})\]
+      | \[(?P<slice>(?:-?\d{1,9})?:(?:-?\d{1,9})?(?::(?:-?\d{1,9})?)?)\]
       | (?P<qdot>\.)?\["(?P<quoted>(?:[^"\\]|\\["\\])*)"\]""",
     re.VERBOSE,
 )
 _PATH_END = re.compile(r"""(?:[^"/@:\[]|\["(?:[^"\\]|\\["\\])*"\]|\[[^"\]]*\])*""")
+_KEY = re.compile(r"""\[(?:(?P<index>-?\d{1,9})|"(?P<quoted>(?:[^"\\]|\\["\\])*)"|(?P<name>[^\[\]"]+))\]""")
 _TAIL = re.compile(
-    r"(?:/(?P<op>[A-Za-z_]\w*|\*))?(?:@(?P<call>\d+|\*))?(?::(?P<port>in|out)(?P<keys>(?:\[[^\[\]]+\])*))?\Z",
+    r"(?:/(?P<op>[A-Za-z_]\w*|\*))?(?:@(?P<call>\d{1,9}|\*))?(?::(?P<port>in|out)(?P<keys>.*))?\Z", re.DOTALL
 )
 
 
@@ -105,7 +106,8 @@ class Site:
         text = text.strip()
         split = _PATH_END.match(text).end()  # type: ignore[union-attr]  # it matches the empty string at least
         tail = _TAIL.match(text[split:])
-        if tail is None:
+        keys = _parse_keys(tail["keys"] or "") if tail else None
+        if tail is None or keys is None:
             raise SiteError(
                 f"site {text!r} is malformed at {text[split:]!r}; "
                 "after the path come '/op', '@call' and ':in' or ':out' with [index] or [name], in this order."
@@ -116,7 +118,7 @@ class Site:
             op=tail["op"],
             call=call if call in (None, "*") else int(call),
             port=tail["port"] or "out",
-            keys=tuple(_parse_key(k) for k in re.findall(r"\[([^\[\]]+)\]", tail["keys"] or "")),
+            keys=keys,
         )
 
     def __str__(self) -> str:
@@ -124,7 +126,7 @@ class Site:
         text += f"/{self.op}" if self.op else ""
         text += f"@{self.call}" if self.call is not None else ""
         if self.port != "out" or self.keys or not text:
-            text += f":{self.port}" + "".join(f"[{k}]" for k in self.keys)
+            text += f":{self.port}" + "".join(map(_print_key, self.keys))
         return text
 
     def __repr__(self) -> str:
@@ -158,13 +160,37 @@ def _parse_path(text: str, path: str) -> tuple[Component, ...]:
                 raise SiteError(f"site {text!r} has a slice of step 0; take 1 or more.")
             components.append(Slice(*bounds, *([None] * (3 - len(bounds)))))
         else:
-            components.append(re.sub(r"\\(.)", r"\1", token["quoted"]))
+            components.append(_unescape(token["quoted"]))
         place = token.end()
     return tuple(components)
 
 
-def _parse_key(text: str) -> int | str:
-    return int(text) if re.fullmatch(r"-?\d+", text) else text
+def _parse_keys(text: str) -> tuple[int | str, ...] | None:
+    """The keys in `[0][name]["odd name"]`; None when it is something else."""
+    keys: list[int | str] = []
+    place = 0
+    while place < len(text):
+        key = _KEY.match(text, place)
+        if key is None:
+            return None
+        keys.append(int(key["index"]) if key["index"] else key["name"] or _unescape(key["quoted"]))
+        place = key.end()
+    return tuple(keys)
+
+
+def _print_key(key: int | str) -> str:
+    plain = _KEY.fullmatch(f"[{key}]")
+    if isinstance(key, int) or (plain and plain["name"]):
+        return f"[{key}]"
+    return f'["{_escape(key)}"]'
+
+
+def _escape(name: str) -> str:
+    return name.replace("\\", "\\\\").replace('"', '\\"')
+
+
+def _unescape(quoted: str) -> str:
+    return re.sub(r"\\(.)", r"\1", quoted)
 
 
 def join_path(components: Iterable[Component]) -> str:
@@ -176,8 +202,7 @@ def join_path(components: Iterable[Component]) -> str:
     text = ""
     for component in components:
         if isinstance(component, str) and not _PLAIN.match(component):
-            escaped = component.replace("\\", "\\\\").replace('"', '\\"')
-            text += f'["{escaped}"]'
+            text += f'["{_escape(component)}"]'
         elif isinstance(component, (Index, Slice)):
             text += str(component)
         else:
@@ -207,12 +232,12 @@ class Tree:
 
     def resolve(self, sites: SiteLike | Sequence[SiteLike]) -> tuple[Want, ...]:
         """Every request as `Want`s with literal module paths, without duplicates. Raises `SiteError` for unknown ones."""
-        if isinstance(sites, (str, Site, re.Pattern)) or callable(sites):
+        if isinstance(sites, str) or not isinstance(sites, Iterable):
             sites = [sites]
-        wants: dict[Site, Want] = {}
+        wants: dict[tuple[Site, bool], Want] = {}
         for request in sites:
             for want in self._resolve_one(request):
-                wants.setdefault(want.site, want)
+                wants.setdefault((want.site, want.exact), want)
         if not wants:
             raise SiteError("no site was given; pass at least one, such as 'h.3.mlp'.")
         return tuple(wants.values())
@@ -241,7 +266,7 @@ class Tree:
         """The numbered children of a module, in order."""
         depth = len(parent)
         names = {p[depth] for p in (*self.paths, *self.aliases) if len(p) > depth and p[:depth] == parent}
-        return sorted((n for n in names if n.isdigit()), key=int)
+        return sorted((n for n in names if n.isdecimal()), key=int)
 
     def _examples(self) -> str:
         names = [repr(join_path(p)) for p in self.paths if p]

@@ -17,13 +17,11 @@ from torch.utils import _pytree as pytree
 def get(value: Any, key: int | str) -> Any:
     """The element of `value` at `key`; raises LookupError when there is none."""
     if is_tensor_collection(value):
+        if str(key) not in value.keys():
+            raise KeyError(key)
         return value.get(str(key)) if isinstance(value, TensorDictBase) else getattr(value, str(key))
     if isinstance(value, Mapping):
-        if key in value:
-            return value[key]
-        if isinstance(key, int):
-            return list(value.values())[key]
-        raise KeyError(key)
+        return value[_own_key(value, key)]
     if isinstance(value, (tuple, list)):
         if isinstance(key, int):
             return value[key]
@@ -34,6 +32,18 @@ def get(value: Any, key: int | str) -> Any:
     raise KeyError(key)
 
 
+def _own_key(value: Mapping, key: int | str) -> Any:
+    """The key of a mapping that an address means: itself, its spelling, or the position of an entry."""
+    if key in value:
+        return key
+    for own in value:
+        if not isinstance(own, (int, str)) and str(own) == key:
+            return own
+    if isinstance(key, int):
+        return list(value)[key]
+    raise KeyError(key)
+
+
 def put(value: Any, key: int | str, new: Any) -> Any:
     """A shallow copy of `value` with the element at `key` replaced."""
     if is_tensor_collection(value):
@@ -41,8 +51,7 @@ def put(value: Any, key: int | str, new: Any) -> Any:
         edited.set(str(key), new)
         return edited
     if isinstance(value, Mapping):
-        if key not in value and isinstance(key, int):
-            key = list(value)[key]
+        key = _own_key(value, key)
         if type(value) is dict:
             return {**value, key: new}
         edited = copy.copy(value)
@@ -67,7 +76,7 @@ def entries(value: Any) -> Iterator[tuple[int | str, Any]]:
     if isinstance(value, Tensor):
         return
     if isinstance(value, Mapping) or is_tensor_collection(value):
-        yield from value.items()
+        yield from ((key if isinstance(key, (int, str)) else str(key), element) for key, element in value.items())
     elif isinstance(value, (tuple, list)):
         yield from enumerate(value)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -94,14 +103,16 @@ def describe(value: Any) -> str:
 
 def fresh(inputs: Any) -> Any:
     """A copy of the caller's inputs that the model may write into; one tensor passed twice stays one tensor."""
-    seen: dict[int, Tensor] = {}
+    seen: list[tuple[Tensor, Tensor]] = []  # found by `is`: on an id, compiled code would be specialised
 
     def copy_once(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        if id(leaf) not in seen:
-            seen[id(leaf)] = leaf.clone()
-        return seen[id(leaf)]
+        for original, copied in seen:
+            if original is leaf:
+                return copied
+        seen.append((leaf, leaf.clone()))
+        return seen[-1][1]
 
     return copy_once(inputs) if isinstance(inputs, Tensor) else pytree.tree_map(copy_once, inputs)
 

@@ -17,9 +17,9 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .errors import InputError, ModelError, SiteError
+from .errors import InputError, SiteError
 from .functional import Execution, FunctionalModel
-from .scope import Observer
+from .scope import Handler, Observer
 from .sites import Site, Want
 from .structure import describe, pytree
 from .tracing import run_abstract
@@ -47,14 +47,38 @@ def is_plain(value: Any) -> bool:
     return all(isinstance(leaf, _PLAIN) for leaf in pytree.tree_leaves(value))
 
 
+class Effects:
+    """Watches one module call for what it may do besides returning a value: talk through an object that it was given, change
+    a list or dict that it was given, or set an attribute of a module."""
+
+    def __init__(self, f: FunctionalModel, arguments: Any):
+        self.f, self.arguments = f, arguments
+        self.leaves = pytree.tree_leaves(arguments)
+        self.attributes_set = _attributes_set(f)
+
+    def none(self, output: Any) -> bool:
+        """Whether the call, which returned `output`, had no effect that data flow does not show."""
+        after = pytree.tree_leaves(self.arguments)
+        unchanged = len(after) == len(self.leaves) and all(new is old for new, old in zip(after, self.leaves))
+        unchanged = unchanged and _attributes_set(self.f) == self.attributes_set
+        return unchanged and is_plain(self.leaves) and is_plain(output)
+
+
+def _attributes_set(f: FunctionalModel) -> int:
+    """How many attributes of modules the runs at work in this thread have set."""
+    twins = getattr(f.base.blueprint._threads, "twins", ())
+    return sum(len(twin.cell.written or ()) for twin in twins)
+
+
 @dataclass
 class _Call:
     path: str
     call: int
     start: int
     parent: _Call | None
+    effects: Effects
     end: int = -1
-    plain: bool = True
+    pure: bool = False
     left_out: bool = False
     output: Any = None
 
@@ -62,7 +86,8 @@ class _Call:
 class _Flow(Observer):
     """Records operations as (read storages, written storages), and which of them each module call made."""
 
-    def __init__(self) -> None:
+    def __init__(self, f: FunctionalModel) -> None:
+        self.f = f
         self.events: list[tuple[set[int], set[int]]] = []
         self.calls: list[_Call] = []
         self.open: list[_Call] = []
@@ -71,18 +96,20 @@ class _Flow(Observer):
     def storages(self, value: Any) -> set[int]:
         found = set()
         for tensor in reachable_tensors(value):
+            while torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # by a vmap or grad of the model's own
+                tensor = torch._C._functorch.get_unwrapped(tensor)
             self.keep.append(tensor)
             found.add(tensor.untyped_storage()._cdata)
         return found
 
     def enter(self, path: str, call: int, args: tuple, kwargs: dict) -> None:
         parent = self.open[-1] if self.open else None
-        self.open.append(_Call(path, call, len(self.events), parent, plain=is_plain((args, kwargs))))
+        self.open.append(_Call(path, call, len(self.events), parent, Effects(self.f, (args, kwargs))))
 
     def leave(self, path: str, call: int, args: tuple, kwargs: dict, output: Any) -> None:
         done = self.open.pop()
         done.end, done.output = len(self.events), output
-        done.plain = done.plain and is_plain(output)
+        done.pure = done.effects.none(output)
         self.calls.append(done)
 
     def live(self, output: Any) -> tuple[list[bool], set[int]]:
@@ -126,18 +153,34 @@ class _Placeholder:
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device).fill_(filler)
 
 
+class _Seen(Handler):
+    """Keeps what passes at the sites of surrounding transforms: to them it is a result."""
+
+    def __init__(self, wants: tuple[Want, ...]):
+        super().__init__(wants)
+        self.values: list[Tensor] = []
+
+    def visit(self, want: Want, site: Site, value: Tensor) -> Tensor:
+        self.values.append(value)
+        return value
+
+
 def _superfluous(
-    run: Any, params: Any, inputs: Any, extra: tuple, wants: tuple[Want, ...]
+    g: StartFrom, params: Any, inputs: Any, extra: tuple, writes: dict[Want, Tensor], outer: tuple[Want, ...]
 ) -> dict[tuple[str, int], Any]:
     """The module calls that need not run, with placeholders for what they return."""
-    flow = _Flow()
+    flow = _Flow(g)
+    names = {want: str(want.site) for want in writes}
+    kept = (*g.wants, *outer, *inner_wants(g.inner))
 
-    def recorded(params: Any, inputs: Any, extra: tuple) -> tuple:
+    def recorded(params: Any, inputs: Any, extra: tuple, values: dict[str, Tensor]) -> tuple:
+        writer = _Writer(g.wants, {want: values[name] for want, name in names.items()})
+        seen = _Seen(outer)
         with _FlowMode(flow):
-            output = run(params, inputs, extra, flow)
-        return flow.live(output)
+            output = g.inner._run(params, inputs, extra, Execution((seen, writer), flow))
+        return flow.live((output, seen.values))
 
-    flags, needed = run_abstract(recorded, params, inputs, extra)
+    flags, needed = run_abstract(recorded, params, inputs, extra, {names[want]: writes[want] for want in writes})
     live_before = [0]
     for flag in flags:
         live_before.append(live_before[-1] + flag)
@@ -146,7 +189,7 @@ def _superfluous(
     for call in reversed(flow.calls):
         idle = live_before[call.end] == live_before[call.start] and not flow.storages(call.output) & needed
         call.left_out = (call.parent is not None and call.parent.left_out) or (
-            idle and call.plain and not _surrounds(call.path, wants)
+            idle and call.pure and not surrounds(call.path, kept)
         )
         if call.left_out and not (call.parent is not None and call.parent.left_out):
             left_out[call.path, call.call] = pytree.tree_map_only(
@@ -162,7 +205,7 @@ class StartFrom(Transform):
     def _run(self, params: Any, inputs: Any, extra: tuple, execution: Execution) -> Any:
         value, extra = _take(extra, "value")
         writes = self._writes(value)
-        substitutes = None if torch.compiler.is_compiling() else self._left_out(params, inputs, extra, writes)
+        substitutes = None if torch.compiler.is_compiling() else self._left_out(params, inputs, extra, writes, execution)
         if execution.substitutes is not None:
             substitutes = {**(substitutes or {}), **execution.substitutes}
         writer = _Writer(self.wants, writes)
@@ -187,23 +230,19 @@ class StartFrom(Transform):
                 raise InputError(f"value for {name!r} is {describe(writes[want])}; give a tensor.")
         return writes
 
-    def _left_out(self, params: Any, inputs: Any, extra: tuple, writes: dict[Want, Tensor]) -> dict[tuple[str, int], Any]:
+    def _left_out(
+        self, params: Any, inputs: Any, extra: tuple, writes: dict[Want, Tensor], execution: Execution
+    ) -> dict[tuple[str, int], Any]:
         """The module calls that need not run with these shapes; found once and kept with the model."""
         cache = self.base.blueprint.tails
+        outer = tuple(want for handler in execution.handlers for want in handler.wants)
         leaves, spec = pytree.tree_flatten((inputs, extra, list(writes.values())))
-        key = (self.inner.key(), self.wants, str(spec), tuple(map(_signature, leaves)))
+        key = (self.inner.key(), self.wants, outer, str(spec), tuple(map(_signature, leaves)))
         if key not in cache:
-            own = {w: str(w.site) for w in writes}
-
-            def run(params: Any, inputs: Any, extra: tuple, flow: _Flow) -> Any:
-                values, *rest = extra
-                writer = _Writer(self.wants, {w: values[name] for w, name in own.items()})
-                return self.inner._run(params, inputs, tuple(rest), Execution((writer,), flow))
-
             try:
-                values = {name: writes[w] for w, name in own.items()}
-                left_out = _superfluous(run, params, inputs, (values, *extra), self.wants)
-            except ModelError:  # its control flow depends on values that cannot be seen here: run all of it
+                left_out = _superfluous(self, params, inputs, extra, writes, outer)
+            except Exception:
+                # Its control flow depends on values, or it leaves torch: run all of it. A real error shows there.
                 left_out = {}
             while len(cache) >= 64:
                 cache.pop(next(iter(cache)))
@@ -213,9 +252,18 @@ class StartFrom(Transform):
         }
 
 
-def _surrounds(path_text: str, wants: tuple[Want, ...]) -> bool:
+def inner_wants(f: FunctionalModel) -> tuple[Want, ...]:
+    """What the transforms that `f` is made of read or write: a call around one of these sites has to run."""
+    wants: tuple[Want, ...] = ()
+    while isinstance(f, Transform):
+        wants += f.wants
+        f = f.inner
+    return wants
+
+
+def surrounds(path_text: str, wants: tuple[Want, ...]) -> bool:
     """Whether a site lies inside a module, or at its input, so that the module has to run for the site to be reached."""
-    path = Site.parse(path_text).path if path_text else ()
+    path = Site.parse(path_text).path if path_text and wants else ()
     for want in wants:
         inside = want.site.path[: len(path)] == path
         own_output = want.site.path == path and want.site.op is None and want.site.port == "out"
@@ -227,7 +275,7 @@ def _surrounds(path_text: str, wants: tuple[Want, ...]) -> bool:
 def _signature(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return (tuple(leaf.shape), leaf.dtype, leaf.device)
-    return leaf if isinstance(leaf, _PLAIN) else id(leaf)
+    return leaf if isinstance(leaf, _PLAIN) else (type(leaf), *map(_signature, reachable_tensors(leaf)))
 
 
 def start_from(f: FunctionalModel, sites: Sites) -> FunctionalModel:
@@ -244,10 +292,10 @@ def start_from(f: FunctionalModel, sites: Sites) -> FunctionalModel:
         What the tail needs from before the site (masks, rotary tables, skip connections) is computed from `inputs`.
 
     Raises:
-        SiteError: as `intervene`, a pattern, a value that is missing. A site inside what is left out is not reached.
+        SiteError: as `intervene`, a pattern, a value that is missing.
 
     Cost: the part of the forward pass that the output still needs, at the grain of module calls. The first call with new shapes
-    adds one run on fake tensors. Compiled, the compiler drops the rest.
+    adds one run on fake tensors; a model whose control flow depends on values runs whole. Compiled, the compiler drops the rest.
 
     >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()))
     >>> start_from(f, "0")(params, torch.ones(1, 3), torch.tensor([[-1.0, 2.0]]))

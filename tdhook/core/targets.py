@@ -121,7 +121,8 @@ def indices(classes: Sequence[int], *, key: int | str | None = None, position: i
 
 def per_example(classes: Tensor, *, key: int | str | None = None, position: int | Tensor | None = None) -> Target:
     """One class of its own for each example: `classes` is an integer Tensor [B]; output [B, C] -> [B]."""
-    if not isinstance(classes, Tensor) or classes.is_floating_point() or classes.ndim > 1:
+    integers = isinstance(classes, Tensor) and not (classes.dtype.is_floating_point or classes.dtype.is_complex)
+    if not integers or classes.dtype is torch.bool or classes.ndim > 1:
         raise TargetError(f"per_example takes an integer tensor of shape [B], got {structure.describe(classes)}.")
 
     def choose(out: Tensor) -> Tensor:

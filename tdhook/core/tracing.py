@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
-from .errors import ModelError, SiteError, did_you_mean
+from .errors import ModelError, SiteError, TdhookError, did_you_mean
 from .functional import Execution, FunctionalModel
 from .scope import Observer
 from .sites import Site, SiteLike, Tree
@@ -60,18 +60,23 @@ class Trace:
         return [row.site for row in self.rows]
 
     def select(self, pattern: SiteLike) -> list[str]:
-        """The sites that match. A string without an operation matches modules, one with `/op` matches operations."""
+        """The sites that match. A string without an operation matches modules, one with `/op` matches operations.
+
+        Raises `SiteError` for a module that is not in the trace, and for `:in`: a trace lists what modules and operations return.
+        """
         if isinstance(pattern, re.Pattern):
             return [site for site in self.sites if pattern.fullmatch(site)]
         if callable(pattern) and not isinstance(pattern, Site):
             return [site for site in self.sites if pattern(site)]
         wanted = pattern if isinstance(pattern, Site) else Site.parse(pattern)
+        if wanted.port == "in":
+            raise SiteError(f"a trace lists outputs, not {str(wanted)!r}; an input is the output of an earlier row.")
         modules = Tree(tuple(dict.fromkeys(Site.parse(site).path for site in self.sites)))  # type: ignore[arg-type]
         paths = {want.site.path for want in modules.resolve(wanted)}
         found = []
         for text in self.sites:
             site = Site.parse(text)
-            fits = site.path in paths and wanted.call in (None, "*", site.call)
+            fits = site.path in paths and wanted.call in (None, "*", site.call) and wanted.keys in ((), site.keys)
             if fits and (site.op == wanted.op or (wanted.op == "*" and site.op)):
                 found.append(text)
         return found
@@ -147,8 +152,13 @@ def trace(f: FunctionalModel, params: Any, inputs: Any, *extra: Any, operations:
         1/relu    operation   float32[1, 2]
     """
     require_sites(f)
-    tracer = _Tracer(operations)
-    run_abstract(lambda p, x, e: f._run(p, x, e, Execution(observer=tracer)), params, inputs, extra)
+
+    def run(params: Any, inputs: Any, extra: tuple) -> _Tracer:
+        tracer = _Tracer(operations)
+        f._run(params, inputs, extra, Execution(observer=tracer))
+        return tracer
+
+    tracer = _run_abstract_or_real(run, params, inputs, extra)
     kinds = f.base.blueprint.kinds
     calls: dict[tuple[str, str | None], int] = {}
     for (path, op, _), _, _ in tracer.found:
@@ -164,11 +174,7 @@ def trace(f: FunctionalModel, params: Any, inputs: Any, *extra: Any, operations:
 
 
 def run_abstract(run: Callable, *arguments: Any) -> Any:
-    """`run(*arguments)` on fake tensors of the same shapes, outside of any transform that surrounds the caller.
-
-    Where the model asks for values, it runs on the real ones instead. Raises ModelError when that is impossible because the
-    arguments are batched by a surrounding vmap.
-    """
+    """`run(*arguments)` on fake tensors of the same shapes, outside of any transform that surrounds the caller."""
     leaves, spec = pytree.tree_flatten(arguments)
     described = [_Spec.of(leaf) for leaf in leaves]
 
@@ -176,16 +182,33 @@ def run_abstract(run: Callable, *arguments: Any) -> Any:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             return run(*pytree.tree_unflatten([d.make() for d in described], spec))
 
-    def real() -> Any:
-        with torch.no_grad():
-            return run(*arguments)
+    return _in_thread(abstract)
 
+
+def _run_abstract_or_real(run: Callable, *arguments: Any) -> Any:
+    """`run_abstract`, or a real run for a model that asks for values or leaves torch (`.item()`, `.numpy()`).
+
+    Raises ModelError when that is impossible because the arguments are batched by a surrounding vmap.
+    """
     try:
-        return _in_thread(abstract)
-    except _VALUE_DEPENDENT as error:
-        if any(isinstance(leaf, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(leaf) for leaf in leaves):
+        return run_abstract(run, *arguments)
+    except TdhookError:
+        raise
+    except Exception as error:
+        if not any(map(_is_hidden, pytree.tree_leaves(arguments))):
+
+            def real() -> Any:
+                with torch.no_grad():
+                    return run(*arguments)
+
+            return _in_thread(real)
+        if isinstance(error, _VALUE_DEPENDENT):
             raise ModelError(f"the control flow of the model depends on values, which a transform hides here: {error}") from error
-        return _in_thread(real)
+        raise
+
+
+def _is_hidden(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(leaf)
 
 
 @dataclass(frozen=True)

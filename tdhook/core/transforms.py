@@ -92,21 +92,39 @@ def _take(extra: tuple, what: str) -> tuple[Any, tuple]:
 # Reading ---------------------------------------------------------------------------------------------------------------
 
 
-class _Reader(Handler):
-    """Keeps the values that pass, each under its site."""
+def _level() -> int:
+    """How many vmaps, grads and the like are at work."""
+    return 0 if torch.compiler.is_compiling() else torch._C._functorch.maybe_current_level() or 0
 
-    def __init__(self, wants: tuple[Want, ...], clone: Callable[[str], bool]):
+
+def counts_writes(value: Tensor) -> bool:
+    """Whether a tensor counts the writes into it: one batched by vmap or made in inference mode does not."""
+    return not (value.is_inference() or torch._C._functorch.is_batchedtensor(value))
+
+
+class _Reader(Handler):
+    """Keeps the values that pass, each under its site.
+
+    By default it keeps copies, because a model may overwrite a value in place after it was read (`x = bn(x); x += y`). With
+    `clone`, only those of the sites that it tells; `overwritten` then says which of the others have changed.
+    """
+
+    def __init__(self, wants: tuple[Want, ...], clone: Callable[[str], bool] = lambda site: True):
         super().__init__(wants)
         self.clone = clone
+        self.level = _level()
         self.values: dict[tuple[Want, Site], tuple[Tensor, int | None]] = {}
 
     def visit(self, want: Want, site: Site, value: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or self.clone(str(site)) or torch._C._functorch.is_batchedtensor(value):
-            # Compiled code drops the copy where nothing writes; a batched tensor does not count its writes.
-            kept, version = value.clone(), None
+        if not torch.compiler.is_compiling() and torch._C._functorch.maybe_get_level(value) > self.level:
+            raise SiteError(
+                f"site {str(site)!r} lies inside a vmap or grad of the model's own, where its value cannot be read; "
+                "read what the model returns from there, or write there."
+            )
+        if torch.compiler.is_compiling() or self.clone(str(site)) or not counts_writes(value):
+            self.values[want, site] = (value.clone(), None)
         else:
-            kept, version = value, value._version
-        self.values[want, site] = (kept, version)
+            self.values[want, site] = (value, value._version)
         return value
 
     def overwritten(self) -> list[str]:
@@ -128,14 +146,8 @@ class _Reader(Handler):
 
 class Capture(Transform):
     def _run(self, params: Any, inputs: Any, extra: tuple, execution: Execution) -> Any:
-        mutated = self.base.blueprint.mutated
-        reader = _Reader(self.wants, mutated.__contains__)
+        reader = _Reader(self.wants)
         output = self.inner._run(params, inputs, extra, execution.within(reader))
-        if not torch.compiler.is_compiling() and (overwritten := reader.overwritten()):
-            # `x = bn(x); x += y`: what was read of bn is gone. Run again, keeping copies there, now and in later calls.
-            mutated.update(overwritten)
-            reader = _Reader(self.wants, mutated.__contains__)
-            output = self.inner._run(params, inputs, extra, execution.within(reader))
         reader.finish()
         return output, TensorDict(reader.result(), batch_size=[])
 
@@ -154,7 +166,7 @@ def capture(f: FunctionalModel, sites: Sites) -> FunctionalModel:
     Raises:
         SiteError: a site is unknown (at once), or is not reached, not a tensor, or called more often than addressed (in the call).
 
-    Cost: the forward pass. A second one, once per model, when the model overwrites a captured value in place.
+    Cost: the forward pass and a copy of each value.
 
     >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()))
     >>> output, values = capture(f, ["0", "1:in"])(params, torch.ones(1, 3))
@@ -177,22 +189,38 @@ class _Writer(Handler):
         write = self.writes[want]
         if not want.exact and site.keys and not want.site.keys:
             raise SiteError(f"site {want.request!r} matches a structured value at {str(site)!r}; address the element to write.")
-        return written_value(site, value, write(value) if callable(write) else write)
+        # A function gets a copy, so that one that writes into what it is given changes this site and nothing else.
+        return written_value(site, value, write(value.clone()) if callable(write) else write)
 
 
 def written_value(site: Site | str, value: Tensor, new: Any) -> Tensor:
     """`new` in place of `value`. A copy, so that a model that goes on in place does not write into the caller's tensor."""
     if isinstance(new, (bool, int, float, complex)):
+        if not _can_hold(value, new):
+            raise SiteError(f"the write at {str(site)!r} is {new!r}, the site holds {describe(value)}; give one that fits.")
         return torch.full_like(value, new)
+    return _fitting(f"the write at {str(site)!r}", new, value).clone()
+
+
+def _can_hold(value: Tensor, number: complex) -> bool:
+    """Whether a number goes into the dtype of a tensor unchanged in kind."""
+    if isinstance(number, complex):
+        return value.is_complex()
+    if isinstance(number, float):
+        return value.is_complex() or value.is_floating_point()
+    return isinstance(number, bool) or value.dtype != torch.bool
+
+
+def _fitting(what: str, new: Any, value: Tensor) -> Tensor:
+    """`new`; raises `SiteError` unless it is a tensor like `value`."""
     if not isinstance(new, Tensor):
-        raise SiteError(f"the write at {str(site)!r} gave {describe(new)}; give a tensor or a number.")
+        raise SiteError(f"{what} is {describe(new)}; give a tensor like {describe(value)}.")
     if new.shape != value.shape or new.dtype != value.dtype or new.device != value.device:
         fix = "expand it to that shape" if new.shape != value.shape else "convert it with .to(value)"
         raise SiteError(
-            f"the write at {str(site)!r} is {describe(new)} on {new.device}, the site holds {describe(value)} "
-            f"on {value.device}; {fix}."
+            f"{what} is {describe(new)} on {new.device}, the site holds {describe(value)} on {value.device}; {fix}."
         )
-    return new.clone()
+    return new
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -243,8 +271,14 @@ def by_want(f: FunctionalModel, mapping: Any, name: str) -> dict[Want, Any]:
     if not isinstance(mapping, (Mapping, TensorDictBase)):
         raise InputError(f"{name} is a mapping from sites, got {describe(mapping)}.")
     table: dict[Want, Any] = {}
+    requests: dict[Site, Any] = {}
     for site, value in mapping.items():
         for want in resolve(f, site):
+            if (other := requests.setdefault(want.site, site)) is not site:
+                raise SiteError(
+                    f"{name} means {str(want.site)!r} twice, by {str(other)!r} and by {str(site)!r}; "
+                    "for two at one site nest two transforms, the outer one comes last."
+                )
             table[want] = value
     if not table:
         raise SiteError(f"{name} is empty; give at least one site.")
@@ -260,10 +294,7 @@ class _Adder(Handler):
         self.deltas = deltas
 
     def visit(self, want: Want, site: Site, value: Tensor) -> Tensor:
-        delta = self.deltas[want]
-        if not isinstance(delta, Tensor) or delta.shape != value.shape or delta.device != value.device:
-            raise SiteError(f"the delta at {str(site)!r} is {describe(delta)}, the site holds {describe(value)}.")
-        return value + delta
+        return value + _fitting(f"the delta at {str(site)!r}", self.deltas[want], value)
 
 
 class Perturb(Transform):
@@ -350,7 +381,12 @@ class _CotangentEditor(Handler):
         # The copy keeps the Function off the input of a surrounding torch.func.grad, where a compiled Function loses its
         # backward (seen in torch 2.13 and 2.14).
         function = _EditCotangent if torch.compiler.is_compiling() else _EditCotangentEager
-        return function.apply(value.clone(), self.edits[want])
+        edit = self.edits[want]
+
+        def checked(cotangent: Tensor) -> Tensor:
+            return _fitting(f"the edit at {str(site)!r}", edit(cotangent), cotangent)
+
+        return function.apply(value.clone(), checked)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -445,17 +481,13 @@ class StopAt(Transform):
     single: bool
 
     def _run(self, params: Any, inputs: Any, extra: tuple, execution: Execution) -> Any:
-        stopper = _Stopper(self.wants, self.base.blueprint.mutated.__contains__)
+        stopper = _Stopper(self.wants)
         try:
             self.inner._run(params, inputs, extra, execution.within(stopper))
         except Stop:
             # The stop of another transform, closer to the model, is not ours to swallow.
             if len(stopper.reached) < len(self.wants):
                 raise
-        overwritten = stopper.overwritten()
-        if overwritten and not torch.compiler.is_compiling():
-            self.base.blueprint.mutated.update(overwritten)
-            return self._run(params, inputs, extra, execution)
         stopper.finish()
         values = stopper.result()
         return next(iter(values.values())) if self.single else TensorDict(values, batch_size=[])

@@ -15,12 +15,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Union
 
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from .errors import ParamsError, did_you_mean
 from .operations import OperationMode
 from .scope import Frame
 from .sites import join_path
+from .structure import describe
 
 
 class _Absent:
@@ -143,18 +145,31 @@ def copy_tree(root: nn.Module, class_of: Callable[[nn.Module, dict], type]) -> d
         states[module] = dict(module.__dict__)
         copies[module] = object.__new__(class_of(module, states[module]))
     memo: dict[int, Any] = {}
-    for module, copied in copies.items():
-        state = {name: _remap(value, copies, memo) for name, value in states[module].items()}
-        state["_parameters"] = dict(module._parameters)
-        state["_buffers"] = dict(module._buffers)
-        copied.__dict__.update(state)
+    for module, state in states.items():
+        _fill(copies[module], module, state, copies, memo)
     return copies
+
+
+def _fill(copied: nn.Module, module: nn.Module, state: dict, copies: dict[nn.Module, nn.Module], memo: dict) -> None:
+    copied.__dict__.update({name: _remap(value, copies, memo) for name, value in state.items()})
+    copied.__dict__.update(_parameters=dict(module._parameters), _buffers=dict(module._buffers))
+
+
+def _copy_hidden(module: nn.Module, copies: dict[nn.Module, nn.Module], memo: dict) -> nn.Module:
+    """A copy of a module that is no child of any: it has no sites and its tensors are constants, but what it holds may have."""
+    state = dict(module.__dict__)
+    copied = copies[module] = object.__new__(eager_class(module, state))
+    _fill(copied, module, state, copies, memo)
+    for table in (copied._parameters, copied._buffers):
+        for name, tensor in table.items():
+            table[name] = tensor if tensor is None else tensor.detach()
+    return copied
 
 
 def _remap(value: Any, copies: dict[nn.Module, nn.Module], memo: dict[int, Any]) -> Any:
     """`value` with the modules in it replaced by their copies, also those that bound methods, partials and closures hold."""
     if isinstance(value, nn.Module):
-        return copies.get(value, value)
+        return copies[value] if value in copies else _copy_hidden(value, copies, memo)
     if isinstance(value, types.MethodType):
         return types.MethodType(value.__func__, _remap(value.__self__, copies, memo))
     if type(value) is functools.partial:
@@ -197,6 +212,7 @@ def map_containers(value: Any, function: Callable[[Any], Any], memo: dict[int, A
         return value
     if id(value) in memo:
         return memo[id(value)]
+    new: Any
     if isinstance(value, dict):
         new = memo[id(value)] = value.copy()
         for key, element in value.items():
@@ -214,7 +230,7 @@ class Slots:
     """Where the entries of one level of `params` go: `tensors` at this level, `children` one level down."""
 
     def __init__(self) -> None:
-        self.tensors: dict[str, list[dict[str, Tensor | None]]] = {}
+        self.tensors: dict[str, list[tuple[dict[str, Any], str]]] = {}
         self.copied: set[str] = set()
         self.children: dict[str, Slots] = {}
 
@@ -263,7 +279,7 @@ class Twin:
 
         def hold(value: Any) -> Any:
             if isinstance(value, Tensor):
-                return Registered(keys[id(value)]) if id(value) in keys else value.detach()
+                return Registered(keys[id(value)]) if id(value) in keys else value.detach().clone()
             return map_containers(value, hold, memo)
 
         found = []
@@ -325,6 +341,8 @@ class Twin:
         try:
             for name, places in slots.tensors.items():
                 value = params[name]
+                if not isinstance(value, Tensor):
+                    raise TypeError
                 if name in slots.copied:
                     value = value.clone()
                 for entries, attribute in places:
@@ -332,20 +350,22 @@ class Twin:
                     entries[attribute] = value
             for name, child in slots.children.items():
                 self._install(child, params[name], (*path, name), undo)
-        except KeyError:
-            self._raise_missing(params, path)
+        except (LookupError, TypeError):
+            self._raise_misfit(slots, params, path)
         if len(params.keys()) != len(slots.tensors) + len(slots.children):
             self._raise_unexpected(slots, params, path)
 
-    def _raise_missing(self, params: Any, path: tuple[str, ...]) -> None:
-        slots = self.slots
-        for name in path:
-            slots = slots.children[name]
-        known = [*slots.tensors, *slots.children]
-        missing = [join_path((*path, name)) for name in known if name not in params.keys()]
-        if not missing:
-            raise
-        raise ParamsError(f"params has no {missing[0]!r}; it needs the keys that functionalize returned.") from None
+    def _raise_misfit(self, slots: Slots, params: Any, path: tuple[str, ...]) -> None:
+        at = f"params[{join_path(path)!r}]" if path else "params"
+        if not isinstance(params, (Mapping, TensorDictBase)):
+            raise ParamsError(f"{at} is {describe(params)}, not a mapping; pass what functionalize returned.") from None
+        for name in (*slots.tensors, *slots.children):
+            key = join_path((*path, name))
+            if name not in params.keys():
+                raise ParamsError(f"params has no {key!r}; it needs the keys that functionalize returned.") from None
+            if name in slots.tensors and not isinstance(params[name], Tensor):
+                raise ParamsError(f"params[{key!r}] is {describe(params[name])}, not a tensor.") from None
+        raise  # noqa: PLE0704
 
     def _raise_unexpected(self, slots: Slots, params: Any, path: tuple[str, ...]) -> None:
         known = [*slots.tensors, *slots.children]

@@ -1,4 +1,5 @@
 """Latent analysis: reading, patching and steering what happens inside a model."""
 
-from .activation_patching import Patching as Patching
-from .activation_patching import activation_patching as activation_patching
+from .activation_patching import Patching, activation_patching
+
+__all__ = ["Patching", "activation_patching"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +15,9 @@ from ..core.errors import InputError, SiteError, TargetError
 from ..core.functional import FunctionalModel
 from ..core.progress import Progress
 from ..core.replay import Tape
-from ..core.sites import Want
+from ..core.sites import Tree, Want
 from ..core.structure import describe, pytree
-from ..core.transforms import Capture, Sites, require_sites, resolve
+from ..core.transforms import Capture, Sites, require_sites
 
 DIRECTIONS = ("denoise", "noise")
 
@@ -101,10 +100,7 @@ def activation_patching(
     require_positive("chunk_size", chunk_size, optional=True)
     _require_aligned(clean, corrupted)
     warn_if_stochastic(f, "activation_patching")
-    wants = tuple(replace(want, exact=True, request=str(want.site)) for want in resolve(f, sites))
-    for want in wants:
-        if want.site.op == "*" or want.site.call == "*":
-            raise SiteError(f"sites has {want.request!r}, which stands for several values; list them, as tdhook.trace does.")
+    wants = _one_value_each(f.tree, sites)
 
     source_inputs, base_inputs = (clean, corrupted) if direction == "denoise" else (corrupted, clean)
     source_output, source = Capture(f, wants)(params, source_inputs)
@@ -122,6 +118,16 @@ def activation_patching(
             progress(done, len(wants))
     clean_metric, corrupted_metric = (source_metric, base_metric) if direction == "denoise" else (base_metric, source_metric)
     return Patching(patched=torch.stack(rows), clean=clean_metric, corrupted=corrupted_metric, batch_size=[])
+
+
+@torch.compiler.assume_constant_result
+def _one_value_each(tree: Tree, sites: Sites) -> tuple[Want, ...]:
+    """The sites resolved, where patterns over modules stand for all that they match."""
+    wants = tuple(Want(want.site, str(want.site), exact=True) for want in tree.resolve(sites))
+    for want in wants:
+        if want.site.op == "*" or want.site.call == "*":
+            raise SiteError(f"sites has {want.request!r}, which stands for several values; list them, as tdhook.trace does.")
+    return wants
 
 
 def _require_aligned(clean: Any, corrupted: Any) -> None:

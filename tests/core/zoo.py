@@ -65,9 +65,9 @@ class InPlace(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x *= 2
-        h = self.act(self.up(x))
+        h = self.up(x)
         h += x
-        out = self.down(h)
+        out = self.down(self.act(h))
         out.relu_()
         return out
 
@@ -214,6 +214,18 @@ class Holder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.steps[1][1]["again"](self.steps[1][0](self.steps[0](x)))
         return self.method(h) @ self.weights[0]
+
+
+class Hidden(nn.Module):
+    """Reaches a child through a module that is no child of its own, and has another child that nobody knows of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.parts = [nn.Sequential(self.linear, nn.Tanh()), nn.BatchNorm1d(3)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.parts[1](self.parts[0](x))
 
 
 class Stateful(nn.Module):
@@ -410,6 +422,7 @@ def _vit() -> tuple[nn.Module, dict]:
 
 
 _RNN = "Dynamo does not trace RNNs (torch._dynamo.config.allow_rnn)"
+_NO_RULE = "torch has no batching rule for RNNs"
 _WHOLE = "the model needs its batch axis"
 
 plain = [
@@ -420,8 +433,13 @@ plain = [
     Case("in_place", lambda: (InPlace(), torch.randn(4, 4))),
     Case("attention", lambda: (Attention(), torch.randn(4, 5, 8))),
     Case("tied", lambda: (Tied(), torch.randint(0, 7, (4, 5)))),
-    Case("lstm", lambda: (nn.LSTM(3, 4, 2, batch_first=True), torch.randn(4, 5, 3)), compiles=_RNN),
-    Case("gru", lambda: (nn.GRU(3, 4, bidirectional=True, batch_first=True), torch.randn(4, 5, 3)), compiles=_RNN),
+    Case("lstm", lambda: (nn.LSTM(3, 4, 2, batch_first=True), torch.randn(4, 5, 3)), batched=_NO_RULE, compiles=_RNN),
+    Case(
+        "gru",
+        lambda: (nn.GRU(3, 4, bidirectional=True, batch_first=True), torch.randn(4, 5, 3)),
+        batched=_NO_RULE,
+        compiles=_RNN,
+    ),
     Case("mha", _mha),
     Case("encoder", _encoder, fused=True),
     Case("batchnorm_train", lambda: _batchnorm(True), batched=_WHOLE),
@@ -432,6 +450,7 @@ plain = [
     Case("several", lambda: (Several(), {"b": torch.randn(4, 2), "a": torch.randn(4, 3)})),
     Case("own_forward", lambda: (OwnForward(), torch.randn(4, 3)), pickles="it holds a lambda"),
     Case("holder", lambda: (Holder(), torch.randn(4, 3))),
+    Case("hidden", lambda: (Hidden(), torch.randn(4, 3)), batched=_WHOLE),
     Case("stateful", lambda: (Stateful(), torch.randn(4, 3))),
     Case("hooked", _hooked),
     Case("compiled", _compiled),
@@ -457,3 +476,9 @@ transformers = [
     Case("vit", _vit, batched=_WHOLE),
 ]
 everything = [*plain, *normed, *tensordicts, *transformers]
+
+
+def named(*names: str) -> list[Case]:
+    """The cases with these names."""
+    table = {case.name: case for case in everything}
+    return [table[name] for name in names]
