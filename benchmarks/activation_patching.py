@@ -17,11 +17,12 @@ from .language_model import PROMPT, smollm2, token_ids
 
 TITLE = "Activation patching of SmolLM2-135M"
 INTRODUCTION = """\
-Every patch of {residual stream, attention, MLP} × 30 layers × all tokens of an indirect-object sentence (clean into corrupted, metric:
-logit difference of the two names). The peer is one forward per patch under `torch.no_grad()` with a forward hook that writes the
-clean activation; of its patches only an evenly spaced part is timed, and scaled. `from the first difference` hooks only the
-patches at or after the first token in which the sentences differ, which is where a patch can change anything. Ours takes the
-fastest of a few chunk sizes, and its time includes the two unpatched runs; the peer's does not include the clean run."""
+Every patch of {residual stream, attention, MLP} × 30 layers × all tokens of an indirect-object sentence (clean into
+corrupted, metric: logit difference of the two names). The peer is one forward per patch under `torch.no_grad()` with
+a forward hook that writes the clean activation; of its patches only an evenly spaced part is timed, and scaled. `from
+the first difference` hooks only the patches at or after the first token in which the sentences differ, which is where
+a patch can change anything. Ours takes the fastest of a few chunk sizes, and its time includes the two unpatched
+runs; the peer's does not include the clean run."""
 
 LATE = PROMPT.replace("John gave", "Mary gave")
 EARLY = PROMPT.replace("Mary and John", "John and Mary")
@@ -29,7 +30,7 @@ HOOKED, FROM_DIFFERENCE = "one hooked forward per patch", "one hooked forward pe
 
 
 def cases(options: Options) -> Iterator[Case]:
-    layers = range(3, 30, 6) if options.quick else range(30)  # about as deep on average
+    layers = range(3, 30, 12) if options.quick else range(30)  # about as deep on average
     sites = [site for i in layers for site in _sites(i)]
     goals = (Goal("ours", HOOKED, 7.0),)
     shared = {"layers": len(layers), "sites": len(sites)}

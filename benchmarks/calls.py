@@ -21,9 +21,9 @@ from .mlp import mlp
 
 TITLE = "The call itself"
 INTRODUCTION = """\
-`f(params, x)` against `model(x)` and `torch.func.functional_call`; reading the outputs of all 30 blocks of SmolLM2 against forward
-hooks and against the bare forward; `functionalize`; `import tdhook` after `import torch, tensordict`, in fresh processes. All
-under `torch.no_grad()`."""
+`f(params, x)` against `model(x)` and `torch.func.functional_call`; reading the outputs of all 30 blocks of SmolLM2
+against forward hooks and against the bare forward; `functionalize`; `import tdhook` after `import torch, tensordict`,
+in fresh processes. All under `torch.no_grad()`."""
 
 IMPORT = """
 import torch, tensordict

@@ -1,7 +1,7 @@
 """What a task declares: cases, their competitors, and what is to be reached.
 
-A task is a module with a `TITLE`, an `INTRODUCTION`, and `cases(options) -> Iterable[Case]`. The list of cases is cheap to make;
-models are made when a case is built.
+A task is a module with a `TITLE`, an `INTRODUCTION`, and `cases(options) -> Iterable[Case]`. The list of cases is cheap
+to make; models are made when a case is built.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Competitor:
 
     Attributes:
         name: says what it is.
-        choices: the settings that it may use, by their description, each with the function to time. The fastest is reported. A
-            function with a method `seconds(repeats)` takes its own time, in another process; see `Remote`.
+        choices: the settings that it may use, by their description, each with the function to time. The fastest is
+            reported. A function with a method `seconds(repeats)` takes its own time, in another process; see `Remote`.
         view: from the result of the first competitor to what this one returns, where it returns less.
         scale: the work of the case in units of what one call does, where only a part is timed.
         note: what a reader has to know to judge the number.
@@ -78,7 +78,8 @@ class Case:
         name: unique within the task.
         parameters: what distinguishes it from its siblings.
         build: makes the competitors, with models and data.
-        tolerance: of the results' agreement. Relative to the largest magnitude of the result's first tensor, unless `absolute`.
+        tolerance: of the results' agreement. Relative to the largest magnitude of the result's first tensor, unless
+            `absolute`.
         goals: what is to be reached.
         claims: other things to be checked, by their description; called after `build`.
         memory: also measure the peak memory of one call, each in a fresh process.

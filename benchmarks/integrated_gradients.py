@@ -17,10 +17,12 @@ from .remote import Remote
 
 TITLE = "Integrated gradients of several targets"
 INTRODUCTION = """\
-MLP of ten times Linear(width, width) and one shared ReLU, torch's initialisation, normal inputs, zero baseline, 50 Gauss–Legendre
-points, multiplied by inputs, convergence delta on (the task of tdhook's paper, arXiv 2509.25475). Ours returns one attribution and
-one delta per target and example. `captum, one call per target` does the same; `captum, summed` and `tdhook 0.3.0` return the sum
-over the targets only. Ours and captum each take the fastest of a few chunk sizes."""
+MLP of ten times Linear(width, width) and one shared ReLU, torch's initialisation, normal inputs, zero baseline, 50
+Gauss–Legendre points, multiplied by inputs, convergence delta on (the task of tdhook's paper, arXiv 2509.25475). Ours
+returns one attribution and one delta per target and example. `captum, one call per target` does the same; `captum,
+summed` and `tdhook 0.3.0` return the sum over the targets only. Ours and captum each take the fastest of a few chunk
+sizes. Where the multiplications of wide layers dominate, T targets cost captum T forward and T backward passes, and
+ours one and T: at most 2T / (1 + T) is to be gained, 1.33 for two targets and 1.82 for ten."""
 
 STEPS = 50
 LIMIT = 8e9  # bytes

@@ -15,9 +15,9 @@ from .mlp import mlp
 
 TITLE = "Peak memory of integrated gradients"
 INTRODUCTION = """\
-An MLP of ten layers of 1,000 units, batch 16, for several numbers of path points and targets. Each number comes from a fresh
-process: the peak of resident memory during a call above what was resident before it, after one call that loads everything.
-The memory has to follow the chunk, not steps × targets."""
+An MLP of ten layers of 1,000 units, batch 16, for several numbers of path points and targets. Each number comes from
+a fresh process: the peak of resident memory during a call above what was resident before it, after one call that
+loads everything. The memory has to follow the chunk, not steps × targets."""
 
 WIDTH, BATCH = 1000, 16
 

@@ -1,4 +1,7 @@
-"""Peak memory of a call, in a fresh process. Also loaded by the workers of other environments, so it imports nothing of ours."""
+"""Peak memory of a call, in a fresh process.
+
+Also loaded by the workers of other environments, so it imports nothing of ours.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ from typing import Any
 def peak_of(run: Callable[[], Any]) -> int:
     """Bytes that a call needs at its peak, above what the process holds before it.
 
-    A first call goes before: what it loads and compiles is not the method's. `ru_maxrss` is for systems without /proc only,
-    because there it is the peak since the start of the process, and a child may inherit it from its parent.
+    A first call goes before: what it loads and compiles is not the method's. `ru_maxrss` is for systems without /proc
+    only: it is the peak since the start of the process, and a child may inherit it from its parent.
     """
     run()
     gc.collect()

@@ -1,7 +1,7 @@
 """Competitors in another process: a worker of another environment that waits for commands on its standard input.
 
-Each command is a line of JSON, answered by one: `{"prepare": {...}}`, `{"run": repeats}` (the answer has `seconds` per call),
-`{"result": path}` (saves what a call returns) and `{"peak": true}` (the answer has `bytes`).
+Each command is a line of JSON, answered by one: `{"prepare": {...}}`, `{"run": repeats}` (the answer has `seconds` per
+call), `{"result": path}` (saves what a call returns) and `{"peak": true}` (the answer has `bytes`).
 """
 
 from __future__ import annotations

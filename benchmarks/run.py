@@ -1,6 +1,7 @@
 """Runs benchmarks: `python -m benchmarks.run [--quick] [--only TASK]`.
 
-A whole run writes `benchmarks/results/`, a quick one `out/benchmarks/`: one JSON and one picture per task, and a table of all.
+A whole run writes `benchmarks/results/`, a quick one `out/benchmarks/`: one JSON and one picture per task, and a table
+of all.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Worker of `benchmarks.remote` for the package `tdhook` of PyPI, which has our import name: run with its own interpreter.
+"""Worker of `benchmarks.remote` for the package `tdhook` of PyPI, which has our import name.
 
-Started with `-P`, so that neither this folder nor the working directory is importable.
+It is run with its own interpreter and `-P`, so that neither this folder nor the working directory is importable.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def neighbour(name: str):
 
 
 def prepare(threads: int, steps: int, targets: list[int], **sizes: int):
-    """Integrated gradients of several targets, which are summed: a run returns attributions [B, *features] and one delta."""
+    """Integrated gradients of the sum of several targets: what a run returns is [B, *features]."""
     torch.set_num_threads(threads)
     model, inputs = neighbour("mlp").mlp(targets=targets, **sizes)
     method = IntegratedGradients(

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torch.func import vjp, vmap
+from torch.func import vjp
 
-from ..core.batching import chunks, pull_each
+from ..core.batching import chunks, pull_each, vmap_or_loop
 from ..core.checks import flatten_as, require_gradients, require_positive, warn_if_stochastic
 from ..core.errors import InputError
 from ..core.replay import Tape
@@ -161,7 +161,7 @@ def _integrate(
 
         def shifted(shifts: list[Tensor], points: list[Tensor] = points) -> Tensor:
             # One shift for all path points: its gradient is already the sum over them.
-            return vmap(values, randomness="different")([point + shift for point, shift in zip(points, shifts)])
+            return vmap_or_loop(values, [point + shift for point, shift in zip(points, shifts)])
 
         chosen, pull = vjp(shifted, [torch.zeros_like(end) for end in path.ends])
         cotangent = torch.tensor(weights[chunk], dtype=chosen.dtype, device=chosen.device)

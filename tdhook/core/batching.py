@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from .structure import pytree
+
 
 def chunks(length: int, chunk_size: int | None) -> Iterator[slice]:
     """Slices that cover `range(length)` in order, each of at most `chunk_size`.
@@ -19,6 +21,22 @@ def chunks(length: int, chunk_size: int | None) -> Iterator[slice]:
     step = length if chunk_size is None else min(chunk_size, length)
     for start in range(0, length, max(step, 1)):
         yield slice(start, min(start + step, length))
+
+
+def vmap_or_loop(function: Callable, arguments: Any, chunk_size: int | None = None) -> Any:
+    """`vmap(function)(arguments)`; a loop where vmap cannot go, as in a model that writes into a tensor of its own in place."""
+    vmapped = vmap(function, chunk_size=chunk_size, randomness="different")
+    if torch.compiler.is_compiling():
+        return vmapped(arguments)
+    try:
+        return vmapped(arguments)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        # An error of the function itself comes again, from the loop.
+        leaves, spec = pytree.tree_flatten(arguments)
+        results = [function(pytree.tree_unflatten(each, spec)) for each in zip(*leaves)]
+        return pytree.tree_map(lambda *parts: torch.stack(parts), *results)
 
 
 def pull_each(pull: Callable[[Tensor], Any], values: Tensor, weights: Tensor, chunk_size: int | None) -> Any:

@@ -8,13 +8,13 @@ placeholders of NaN, which would show in the result if the analysis were wrong.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import InputError, SiteError
@@ -22,24 +22,10 @@ from .functional import Execution, FunctionalModel
 from .scope import Handler, Observer
 from .sites import Site, Want
 from .structure import describe, pytree
-from .tracing import run_abstract
+from .tracing import reachable_tensors, run_abstract
 from .transforms import Sites, Transform, _take, _Writer, exact_wants, require_sites
 
 _PLAIN = (Tensor, int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, slice)
-
-
-def reachable_tensors(value: Any, depth: int = 4) -> Iterator[Tensor]:
-    """Every tensor in a value, also inside objects that are no containers (a key-value cache, say)."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (Mapping, TensorDictBase)):
-        for element in value.values():
-            yield from reachable_tensors(element, depth)
-    elif isinstance(value, (tuple, list, set)):
-        for element in value:
-            yield from reachable_tensors(element, depth)
-    elif depth and hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
-        yield from reachable_tensors(vars(value), depth - 1)
 
 
 def is_plain(value: Any) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from tensordict import TensorDictBase
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -198,8 +200,10 @@ def _run_abstract_or_real(run: Callable, *arguments: Any) -> Any:
         if not any(map(_is_hidden, pytree.tree_leaves(arguments))):
 
             def real() -> Any:
+                leaves, spec = pytree.tree_flatten(arguments)
                 with torch.no_grad():
-                    return run(*arguments)
+                    clones = [copy.deepcopy(leaf, {id(t): t.clone() for t in reachable_tensors(leaf)}) for leaf in leaves]
+                    return run(*pytree.tree_unflatten(clones, spec))
 
             return _in_thread(real)
         if isinstance(error, _VALUE_DEPENDENT):
@@ -211,23 +215,35 @@ def _is_hidden(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(leaf)
 
 
+def reachable_tensors(value: Any, depth: int = 4) -> Iterator[Tensor]:
+    """Every tensor in a value, also inside objects that are no containers (a key-value cache, say)."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, TensorDictBase)):
+        for element in value.values():
+            yield from reachable_tensors(element, depth)
+    elif isinstance(value, (tuple, list, set)):
+        for element in value:
+            yield from reachable_tensors(element, depth)
+    elif depth and hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
+        yield from reachable_tensors(vars(value), depth - 1)
+
+
 @dataclass(frozen=True)
 class _Spec:
     """What a fake copy of a leaf needs, read where the leaf may be looked at."""
 
     leaf: Any
-    shape: tuple[int, ...] | None = None
-    dtype: torch.dtype | None = None
-    device: torch.device | None = None
+    tensors: dict[int, tuple[tuple[int, ...], torch.dtype, torch.device]]
 
     @staticmethod
     def of(leaf: Any) -> _Spec:
-        if isinstance(leaf, Tensor):
-            return _Spec(None, tuple(leaf.shape), leaf.dtype, leaf.device)
-        return _Spec(leaf)
+        return _Spec(leaf, {id(t): (tuple(t.shape), t.dtype, t.device) for t in reachable_tensors(leaf)})
 
     def make(self) -> Any:
-        return self.leaf if self.shape is None else torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        fakes = {key: torch.empty(shape, dtype=dtype, device=device) for key, (shape, dtype, device) in self.tensors.items()}
+        # Also of an object that is no container, so that a model that writes into it (a key-value cache) leaves it as it is.
+        return copy.deepcopy(self.leaf, fakes) if fakes else self.leaf
 
 
 def _in_thread(function: Callable[[], Any]) -> Any:

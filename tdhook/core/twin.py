@@ -50,7 +50,7 @@ class Registered:
 @functools.lru_cache(maxsize=None)
 def twin_class(cls: type, patched: bool) -> type:
     """The subclass of `cls` that reports. `patched`: the instance carries a `forward` of its own, which then is called."""
-    original = cls.forward  # type: ignore[attr-defined]
+    original: Any = cls.forward  # type: ignore[attr-defined]
     set_attribute = cls.__setattr__
     if patched:
 
@@ -158,11 +158,11 @@ def _fill(copied: nn.Module, module: nn.Module, state: dict, copies: dict[nn.Mod
 def _copy_hidden(module: nn.Module, copies: dict[nn.Module, nn.Module], memo: dict) -> nn.Module:
     """A copy of a module that is no child of any: it has no sites and its tensors are constants, but what it holds may have."""
     state = dict(module.__dict__)
-    copied = copies[module] = object.__new__(eager_class(module, state))
+    copied: nn.Module = object.__new__(eager_class(module, state))
+    copies[module] = copied
     _fill(copied, module, state, copies, memo)
-    for table in (copied._parameters, copied._buffers):
-        for name, tensor in table.items():
-            table[name] = tensor if tensor is None else tensor.detach()
+    for name, tensor in copied._parameters.items():
+        copied.__dict__["_parameters"][name] = None if tensor is None else tensor.detach()
     return copied
 
 
@@ -263,13 +263,14 @@ class Twin:
             copies[module].__dict__["_tdhook_path"] = join_path(names)
         self.slots = Slots()
         self.first: dict[tuple[str, ...], tuple[dict[str, Any], str]] = {}  # where to find an installed tensor
-        self.attributes = self._attributes(tensor_names, by_path)
+        self.attributes = self._attributes(tensor_names, by_path, list(copies.values()))
         self._fill_slots(tensor_names, by_path)
         for module in copies.values():
             _switch_off_fast_path(module)
 
-    def _attributes(self, tensor_names: Mapping, by_path: Mapping) -> list[tuple[nn.Module, str, Any]]:
-        """The plain attributes that a forward may write into: those that hold tensors or containers. Each run gets copies."""
+    def _attributes(self, tensor_names: Mapping, by_path: Mapping, modules: list[nn.Module]) -> Undo:
+        """What a forward may write into although it is not in params: plain attributes that hold tensors or containers, and
+        the buffers of modules that are no children. Each run gets copies."""
         keys = {}
         for key, owners in tensor_names.items():
             path, table, name = owners[0]
@@ -282,8 +283,11 @@ class Twin:
                 return Registered(keys[id(value)]) if id(value) in keys else value.detach().clone()
             return map_containers(value, hold, memo)
 
-        found = []
-        for module in by_path.values():
+        found: Undo = []
+        named = set(by_path.values())
+        for module in modules:
+            if module not in named:
+                found += [(module._buffers, name, hold(buffer)) for name, buffer in module._buffers.items()]
             for name, value in module.__dict__.items():
                 if name not in _MODULE_STATE and isinstance(value, (Tensor, list, tuple, dict, set, Registered)):
                     held = module.__dict__[name] = hold(value)
@@ -325,9 +329,13 @@ class Twin:
             self._install(self.slots, params, (), undo)
             cell.frame, cell.written = frame, written
             memo: dict[int, Any] = {}
-            for module, name, value in self.attributes:
-                written.append((module, name, module.__dict__[name]))
-                object.__setattr__(module, name, self._renew(value, memo))
+            for place, name, value in self.attributes:
+                if isinstance(place, dict):
+                    written.append((place, name, place[name]))
+                    place[name] = self._renew(value, memo)
+                else:
+                    written.append((place, name, place.__dict__[name]))
+                    object.__setattr__(place, name, self._renew(value, memo))
             if frame is not None and frame.wants_operations:
                 with OperationMode(frame):
                     return self.root(*args, **kwargs)
@@ -365,7 +373,7 @@ class Twin:
                 raise ParamsError(f"params has no {key!r}; it needs the keys that functionalize returned.") from None
             if name in slots.tensors and not isinstance(params[name], Tensor):
                 raise ParamsError(f"params[{key!r}] is {describe(params[name])}, not a tensor.") from None
-        raise  # noqa: PLE0704
+        raise
 
     def _raise_unexpected(self, slots: Slots, params: Any, path: tuple[str, ...]) -> None:
         known = [*slots.tensors, *slots.children]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from tensordict import tensorclass
 from torch import Tensor
-from torch.func import vmap
 
+from ..core.batching import vmap_or_loop
 from ..core.checks import require_positive, warn_if_stochastic
 from ..core.errors import InputError, SiteError, TargetError
 from ..core.functional import FunctionalModel
@@ -82,7 +82,8 @@ def activation_patching(
 
     Cost: two forward passes, and for each site one vmapped pass over its positions that runs only what lies after the site: for
     L layers about L/2 layers per patch. A patch that would write what is already there (tokens before the first difference in a
-    causal model) is not run, except where derivatives, vmap or compilation are at work.
+    causal model) is not run, except where derivatives, vmap or compilation are at work. A model that vmap cannot take (one that writes into a
+    tensor of its own in place, say) runs once per patch.
 
     Source: Vig et al., "Investigating Gender Bias in Language Models Using Causal Mediation Analysis" (2020); Meng et al.,
     "Locating and Editing Factual Associations in GPT" (2022); for the directions Heimersheim and Nanda, "How to use and interpret
@@ -192,7 +193,7 @@ def _patch_site(
     if not run:
         return base_metric.expand(len(places), *base_metric.shape)
     at = torch.tensor([places[i] for i in run], device=source.device)
-    values = vmap(patched, chunk_size=chunk_size, randomness="different")(at)
+    values = vmap_or_loop(patched, at, chunk_size)
     if len(run) == len(places):
         return values
     everything = base_metric.expand(len(places), *base_metric.shape).clone()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥"}
+VISIBLE = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})
 
 
 def site_position_map(
@@ -30,8 +30,8 @@ def site_position_map(
 ) -> Figure:
     """Draws one value for each site and position: sites from bottom (first) to top, tokens from left to right.
 
-    Sites that differ in one component, such as `model.layers.0.mlp` to `model.layers.29.mlp`, are labelled with that component,
-    and the axis with the pattern `model.layers.*.mlp`.
+    Sites that differ in one component, such as `model.layers.0.mlp` to `model.layers.29.mlp`, are labelled with that
+    component, and the axis with the pattern `model.layers.*.mlp`.
 
     Args:
         values: array or tensor [S, P].
@@ -111,16 +111,17 @@ def site_position_maps(
 
     most = max(len(array) for array in arrays.values())
     width = min(max(0.34 * len(tokens) + 1.0, 3.0), 16.0)
-    figure = new_figure(width * len(arrays) + 1.0, min(max(0.19 * most + 1.8, 2.8), 14.0))
+    figure = new_figure(width * len(arrays) + 1.0, min(max(0.19 * most + 1.8, 4.2), 14.0))
     places = figure.subplots(1, len(arrays), squeeze=False)[0]
     drawn = None
     for axes, (name, array) in zip(places, arrays.items()):
-        drawn = axes.imshow(array, cmap=colors, vmin=low, vmax=high, aspect="auto", origin="lower", interpolation="nearest")
+        look = dict(cmap=colors, aspect="auto", origin="lower", interpolation="nearest")
+        drawn = axes.imshow(array, vmin=low, vmax=high, **look)
         axes.set_title(name, parse_math=False)
         _label_positions(axes, tokens)
         _label_sites(axes, list(panels[name][1]))
-    beyond = [any(a.min() < low for a in arrays.values()), any(a.max() > high for a in arrays.values())]
-    extend = {(True, True): "both", (True, False): "min", (False, True): "max"}.get(tuple(beyond), "neither")  # type: ignore[call-overload]
+    below, above = any(a.min() < low for a in arrays.values()), any(a.max() > high for a in arrays.values())
+    extend = "both" if below and above else "min" if below else "max" if above else "neither"
     figure.colorbar(drawn, ax=list(places), label=label, extend=extend)  # type: ignore[arg-type]
     if title:
         figure.suptitle(title, parse_math=False)
@@ -132,15 +133,15 @@ def _checked(name: str, values: Any, sites: list, tokens: list) -> numpy.ndarray
     if array.shape != (len(sites), len(tokens)) or not array.size:
         of = f" of {name!r}" if name else ""
         raise InputError(
-            f"values{of} has shape {list(array.shape)}, there are {len(sites)} sites and {len(tokens)} tokens; give [S, P]"
-            + (", for example one example of a batch: values[..., 0]." if array.ndim > 2 else ".")
+            f"values{of} has shape {list(array.shape)}, there are {len(sites)} sites and {len(tokens)} tokens; "
+            "give [S, P]" + (", for example one example of a batch: values[..., 0]." if array.ndim > 2 else ".")
         )
     return array
 
 
 def _label_positions(axes: Axes, tokens: list[str]) -> None:
     step = -(-len(tokens) // 48)
-    shown = [str(token).translate(str.maketrans(VISIBLE)) for token in tokens[::step]]
+    shown = [str(token).translate(VISIBLE) for token in tokens[::step]]
     axes.set_xticks(range(0, len(tokens), step), shown, rotation=60, ha="right", rotation_mode="anchor")
     for text in axes.get_xticklabels():
         text.set_parse_math(False)  # a token may hold "$"
@@ -157,7 +158,7 @@ def _label_sites(axes: Axes, sites: list[Any]) -> None:
 
 
 def _abbreviated(sites: list[str]) -> tuple[str, list[str]]:
-    """The pattern of sites that differ in one component, and that component of each; else "site" and the sites themselves.
+    """The pattern of sites that differ in one component, and that component of each; else "site" and the sites.
 
     >>> _abbreviated(["h.0.mlp:in", "h.1.mlp:in"])
     ('h.*.mlp:in', ['0', '1'])

@@ -714,3 +714,24 @@ def test_the_delta_refuses_attributions_of_other_sites():
     got = integrated_gradients(f, params, X.double(), targets=0, at="0")
     with pytest.raises(errors.InputError, match="keyed by the sites of at, 2"):
         convergence_delta(f, params, X.double(), got, targets=0, at="2")
+
+
+def test_a_model_that_writes_into_its_own_tensors():
+    """The symptom: vmap refuses to write a moving value into a tensor that does not move."""
+
+    class Fill(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 5)
+
+        def forward(self, x):
+            out = torch.zeros(len(x), 5, dtype=x.dtype)
+            out[:, :4] = self.linear(x).tanh()[:, :4]
+            return out
+
+    model = Fill().double()
+    f, params = functionalize(model)
+    x = torch.randn(3, 6).double()
+    got = integrated_gradients(f, params, x, targets=[1, 4])
+    torch.testing.assert_close(got[0], loop(model, x, 0 * x, 1), rtol=1e-10, atol=1e-13)
+    assert got[1].abs().max() == 0

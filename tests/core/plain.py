@@ -6,7 +6,7 @@ import types
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from tdhook.core.structure import get, put, tensors
 from .zoo import Case, call
 
 
-@lru_cache(maxsize=None)
+@cache
 def prepared(case: Case) -> tuple[tdhook.FunctionalModel, Any, Any]:
     """f, params and inputs of a case. They may be shared among tests because nothing may change them."""
     model, inputs = case()
@@ -37,13 +37,21 @@ def assert_same(actual: Any, expected: Any, **tolerances: float) -> None:
     assert actual.keys() == expected.keys()
     for keys, tensor in actual.items():
         torch.testing.assert_close(
-            tensor, expected[keys], equal_nan=True, **(tolerances or {"rtol": 0, "atol": 0}), msg=lambda m: f"{keys}: {m}"
+            tensor,
+            expected[keys],
+            equal_nan=True,
+            **(tolerances or {"rtol": 0, "atol": 0}),
+            msg=lambda m: f"{keys}: {m}",
         )
 
 
-def hooked_values(model: nn.Module, inputs: Any, edit: Callable[[str, Tensor], Tensor] = lambda s, t: t) -> tuple[Any, dict]:
+def hooked_values(
+    model: nn.Module, inputs: Any, edit: Callable[[str, Tensor], Tensor] = lambda s, t: t
+) -> tuple[Any, dict]:
     """The output, and the tensor outputs of all module calls by site; `edit` may replace each of them."""
-    paths = {module: Site.parse(f'{"".join(_spell(path))}').path if path else () for path, module in model.named_modules()}
+    paths = {
+        module: Site.parse(f"{''.join(_spell(path))}").path if path else () for path, module in model.named_modules()
+    }
     found: dict[tuple, list[Any]] = {}
     values: dict[Site, Tensor] = {}
 
@@ -96,7 +104,14 @@ def _look(thing: Any, seen: set[int]) -> Any:
     if isinstance(thing, Tensor):
         data = thing.detach()
         bits = None if data.is_meta else data.reshape(-1).view(torch.uint8).tolist()
-        return id(thing), thing._version, thing.requires_grad, thing.shape, _look(thing.grad if thing.is_leaf else None, seen), bits
+        return (
+            id(thing),
+            thing._version,
+            thing.requires_grad,
+            thing.shape,
+            _look(thing.grad if thing.is_leaf else None, seen),
+            bits,
+        )
     if thing is None or isinstance(thing, (bool, int, float, str, torch.dtype)):
         return thing
     if id(thing) in seen:

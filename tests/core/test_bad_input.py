@@ -30,7 +30,7 @@ def test_every_error_is_a_tdhook_error_and_the_builtin_that_fits() -> None:
     assert issubclass(ModelError, TypeError)
 
 
-# The model -------------------------------------------------------------------------------------------------------------
+# The model -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", [None, lambda x: x, nn.Linear, "gpt2"])
@@ -63,7 +63,7 @@ def test_a_transform_takes_a_functional_model(transform: Callable, model: Any) -
         transform(model, {"": 0})
 
 
-# params ----------------------------------------------------------------------------------------------------------------
+# params --------------------------------------------------------------------------------------------------------------
 
 
 def without(name: tuple) -> TensorDict:
@@ -97,10 +97,13 @@ def test_params_have_the_keys_of_the_model(wrong: Any, said: str) -> None:
     assert_same(f(params, x), f(params, x))
 
 
-# inputs ----------------------------------------------------------------------------------------------------------------
+# inputs --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("wrong", "said"), [(3, "got 3 of type int"), ([x], "got a list with 0"), (None, "got None"), ("text", "got 'text'")])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [(3, "got 3 of type int"), ([x], "got a list with 0"), (None, "got None"), ("text", "got 'text'")],
+)
 def test_inputs_are_a_tensor_a_tuple_or_a_mapping(wrong: Any, said: str) -> None:
     with pytest.raises(InputError, match=f"inputs is a tensor .* {said}.*wrap another kind of argument in a tuple"):
         f(params, wrong)
@@ -108,7 +111,9 @@ def test_inputs_are_a_tensor_a_tuple_or_a_mapping(wrong: Any, said: str) -> None
 
 def test_inputs_do_not_repeat_what_is_bound() -> None:
     g, p = functionalize(nn.Linear(3, 2), input=X)
-    with pytest.raises(InputError, match=r"inputs has 'input', which functionalize already bound to a float32 tensor of shape \[2, 3\]"):
+    with pytest.raises(
+        InputError, match=r"inputs has 'input', which functionalize already bound to a float32 tensor of shape \[2, 3\]"
+    ):
         g(p, {"input": X})
 
 
@@ -121,7 +126,7 @@ def test_there_are_two_arguments_unless_a_transform_adds_one() -> None:
         perturb(f, "act@0")(params, x, {"act@0": torch.zeros(4, 4)}, 3)
 
 
-# Addresses -------------------------------------------------------------------------------------------------------------
+# Addresses -----------------------------------------------------------------------------------------------------------
 
 TRANSFORMS = {
     "capture": capture,
@@ -181,7 +186,10 @@ half, half_params = functionalize(Half())
 @every_transform
 @pytest.mark.parametrize("site", ["unused", "taken:in"])
 def test_a_site_that_is_never_reached_is_an_error(transform: Callable, site: str) -> None:
-    with unchanged(half_params, X), pytest.raises(SiteError, match=f"site '{site}' was not reached: the model never called this module"):
+    with (
+        unchanged(half_params, X),
+        pytest.raises(SiteError, match=f"site '{site}' was not reached: the model never called this module"),
+    ):
         transform(half, site)(half_params, X, *deltas_if_needed(transform, site, (2, 3)))
 
 
@@ -195,7 +203,11 @@ def test_an_operation_that_does_not_run_is_an_error_that_lists_those_that_do(tra
 
 @every_transform
 def test_a_call_that_does_not_happen_is_an_error_that_says_which_do(transform: Callable) -> None:
-    for site, said in [("act@2", "only @0 to @1 exist"), ("layers.0@1", "only @0 exists"), ("layers.0/linear@5", "only @0 exists")]:
+    for site, said in [
+        ("act@2", "only @0 to @1 exist"),
+        ("layers.0@1", "only @0 exists"),
+        ("layers.0/linear@5", "only @0 exists"),
+    ]:
         with pytest.raises(SiteError, match=f"site '{site}' was not reached: {said}"):
             transform(f, site)(params, x, *deltas_if_needed(transform, site, (4, 4)))
 
@@ -242,13 +254,16 @@ def test_a_pattern_where_single_sites_are_needed_is_an_error(transform: Callable
         transform(f, pattern)
 
 
-# Values ----------------------------------------------------------------------------------------------------------------
+# Values --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("write", "said"),
     [
-        (torch.ones(4), r"is a float32 tensor of shape \[4\] on cpu, the site holds a float32 tensor of shape \[4, 4\] on cpu; expand it"),
+        (
+            torch.ones(4),
+            r"is a float32 tensor of shape \[4\] on cpu, the site holds a float32 tensor of shape \[4, 4\] on cpu; expand it",
+        ),
         (torch.ones(4, 4).double(), r"is a float64 tensor .* convert it with \.to\(value\)"),
         (torch.ones(4, 4, dtype=torch.complex64), r"is a complex64 tensor .* convert it"),
         (torch.ones(4, 4, device="meta"), r"is .* on meta, the site holds .* on cpu; convert it"),
@@ -287,13 +302,17 @@ def test_nothing_to_do_is_an_error() -> None:
 
 
 def test_what_is_written_is_a_tensor_a_number_or_a_function() -> None:
-    with pytest.raises(InputError, match=r"writes\['act@0'\] is 'zero' of type str; give a tensor, a number or a function"):
+    with pytest.raises(
+        InputError, match=r"writes\['act@0'\] is 'zero' of type str; give a tensor, a number or a function"
+    ):
         intervene(f, {"act@0": "zero"})
     with pytest.raises(InputError, match=r"edits\['act@0'\] is 0 of type int; give a function of the cotangent"):
         edit_gradient(f, {"act@0": 0})
 
 
-@pytest.mark.parametrize("writes", [{"layers[0]": 1, "layers.0": 2}, {"layers.0": 1, "layers.*": 2}, {"layers[:1]": 1, "**": 2}])
+@pytest.mark.parametrize(
+    "writes", [{"layers[0]": 1, "layers.0": 2}, {"layers.0": 1, "layers.*": 2}, {"layers[:1]": 1, "**": 2}]
+)
 def test_a_site_named_twice_in_one_mapping_is_an_error(writes: dict) -> None:
     with pytest.raises(SiteError, match=r"writes means 'layers\.0' twice, by .* and by .*nest two transforms"):
         intervene(f, writes)
@@ -301,7 +320,9 @@ def test_a_site_named_twice_in_one_mapping_is_an_error(writes: dict) -> None:
 
 def test_a_pattern_does_not_write_one_value_into_all_elements_of_a_structure() -> None:
     g, p, inputs = prepared(*zoo.named("structured"))
-    with pytest.raises(SiteError, match=r"site 'tup\*' matches a structured value at 'tuple@0:out\[0\]'; address the element"):
+    with pytest.raises(
+        SiteError, match=r"site 'tup\*' matches a structured value at 'tuple@0:out\[0\]'; address the element"
+    ):
         intervene(g, {"tup*": 0.0})(p, inputs)
 
 
@@ -315,7 +336,10 @@ def test_a_pattern_does_not_write_one_value_into_all_elements_of_a_structure() -
             {"layers.0": torch.zeros(4, 4), "layer.0": 1},
             r"deltas has 'layer\.0', which is not perturbed\. Did you mean 'layers\.0'",
         ),
-        ({"layers.0": 0.0}, r"the delta at 'layers\.0' is 0\.0 of type float; give a tensor like a float32 tensor of shape"),
+        (
+            {"layers.0": 0.0},
+            r"the delta at 'layers\.0' is 0\.0 of type float; give a tensor like a float32 tensor of shape",
+        ),
         ({"layers.0": torch.zeros(4)}, r"the delta at 'layers\.0' is a float32 tensor of shape \[4\].*expand it"),
         ({"layers.0": torch.zeros(4, 4).double()}, r"the delta at 'layers\.0' is a float64 tensor.*convert it"),
     ],

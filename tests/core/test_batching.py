@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import vjp
 
-from tdhook.core.batching import chunks, pull_each
+from tdhook.core.batching import chunks, pull_each, vmap_or_loop
 from tdhook.core.checks import flatten_as, require_positive
 from tdhook.core.errors import InputError
 
@@ -56,3 +56,12 @@ def test_flatten_as_goes_by_name_not_by_order():
 def test_flatten_as_refuses_another_structure(value):
     with pytest.raises(InputError, match="x is .* not the structure of inputs"):
         flatten_as("x", value, {"a": 1, "b": (2, 3)})
+
+
+def test_vmap_or_loop_loops_where_vmap_cannot_go():
+    def by_value(pair):
+        return {"y": pair[0] * 2 if pair[0].item() > 0 else -pair[1]}
+
+    a, b = torch.tensor([1.0, -1.0]), torch.tensor([5.0, 7.0])
+    assert vmap_or_loop(by_value, (a, b))["y"].tolist() == [2.0, -7.0]
+    assert vmap_or_loop(lambda x: x + 1, a).tolist() == [2.0, 0.0]

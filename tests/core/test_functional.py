@@ -27,7 +27,7 @@ pytestmark = [
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 X = torch.ones(2, 3)
 
-# f ---------------------------------------------------------------------------------------------------------------------
+# f -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", zoo.everything, ids=repr)
@@ -86,7 +86,7 @@ def test_a_thread_may_be_the_first_to_call_f() -> None:
     assert_same(found[0], f(params, X))
 
 
-# params ----------------------------------------------------------------------------------------------------------------
+# params --------------------------------------------------------------------------------------------------------------
 
 
 def test_params_are_what_the_model_has_by_name() -> None:
@@ -159,7 +159,7 @@ def test_a_model_on_meta_gives_shapes_and_takes_real_params() -> None:
     assert_same(f(functionalize(real)[1], torch.ones(5, 3)), real(torch.ones(5, 3)))
 
 
-# The model -------------------------------------------------------------------------------------------------------------
+# The model -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_compiled_model_is_taken_off_its_wrapper() -> None:
@@ -269,7 +269,7 @@ def test_a_list_shared_among_modules_stays_shared_and_starts_anew_in_each_run() 
         assert_same(vmap(lambda x: f(params, x))(X).sum(), expected.detach(), **CLOSE)
 
 
-# inputs ----------------------------------------------------------------------------------------------------------------
+# inputs --------------------------------------------------------------------------------------------------------------
 
 
 def test_inputs_are_positional_named_or_bound_once() -> None:
@@ -333,7 +333,10 @@ def test_hugging_face_models_record_what_they_offer_to_record() -> None:
         model, inputs = case()
         f, params = functionalize(model, output_hidden_states=True)
         blocks = {"gpt2": "transformer.h[:]", "llama": "model.layers[:]", "bert": "bert.encoder.layer[:]"}
-        site = blocks.get(case.name, "vit.encoder.layer[:]" if hasattr(model.vit if case.name == "vit" else 0, "encoder") else "vit.layers[:]")
+        site = blocks.get(
+            case.name,
+            "vit.encoder.layer[:]" if hasattr(model.vit if case.name == "vit" else 0, "encoder") else "vit.layers[:]",
+        )
         output, values = capture(f, site)(params, inputs)
         assert_same(output, zoo.call(model.requires_grad_(False), inputs, output_hidden_states=True), **CLOSE)
         first = next(iter(values.values()))

@@ -12,13 +12,13 @@ from torch import nn
 
 import tdhook
 from tdhook import Site, capture, functionalize
-from tdhook.core.sites import Glob, Index, Slice, Tree
 from tdhook.core.errors import SiteError
+from tdhook.core.sites import Glob, Index, Slice, Tree
 
 from . import zoo
 from .plain import assert_same, prepared
 
-# Spelling --------------------------------------------------------------------------------------------------------------
+# Spelling ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -171,12 +171,18 @@ def test_every_module_has_a_canonical_path_that_resolves_to_it_alone() -> None:
     assert_same(h, output)
 
 
-# Patterns --------------------------------------------------------------------------------------------------------------
+# Patterns ------------------------------------------------------------------------------------------------------------
 
 TREE = Tree(
     tuple(
         tuple(path.split(".")) if path else ()
-        for path in ["", "h", *(f"h.{i}{child}" for i in range(11) for child in ("", ".attn", ".mlp", ".mlp.act")), "ln", "ln_f"]
+        for path in [
+            "",
+            "h",
+            *(f"h.{i}{child}" for i in range(11) for child in ("", ".attn", ".mlp", ".mlp.act")),
+            "ln",
+            "ln_f",
+        ]
     )
 )
 
@@ -246,7 +252,7 @@ def test_what_resolve_was_asked_exactly_is_kept_beside_a_pattern() -> None:
         capture(f, ["*", "1"])(params, x)
 
 
-# Values at sites -------------------------------------------------------------------------------------------------------
+# Values at sites -----------------------------------------------------------------------------------------------------
 
 
 def test_a_pattern_gives_every_tensor_of_a_structured_value_under_its_own_address() -> None:
@@ -265,7 +271,14 @@ def test_elements_are_addressed_by_index_or_name() -> None:
     f, params, x = prepared(*zoo.named("structured"))
     h = x @ params["linear", "weight"].T + params["linear", "bias"]
     a, b = h + 1, h - 1
-    sites = ["named:out[left]", "named:out[0]", "named:out[-2]", 'dict:out["0"]', "dict:out[0]", "record:out[pair][right]"]
+    sites = [
+        "named:out[left]",
+        "named:out[0]",
+        "named:out[-2]",
+        'dict:out["0"]',
+        "dict:out[0]",
+        "record:out[pair][right]",
+    ]
     values = capture(f, sites)(params, x)[1]
     left, right = (a + b) * 2, (a + b).sin()
     for site in sites[:3]:
@@ -296,7 +309,9 @@ def test_arguments_are_addressed_by_position_or_by_name() -> None:
     f, params, inputs = prepared(*zoo.named("several"))
     a, b = inputs["a"], inputs["b"]
     values = capture(f, [":in[a]", ":in[0]", ":in[1]", "left:in", "left:in[input]", "right:in"])(params, inputs)[1]
-    assert_same(dict(values.items()), {":in[a]": a, ":in[0]": a, ":in[1]": b, "left:in": a, "left:in[input]": a, "right:in": b})
+    assert_same(
+        dict(values.items()), {":in[a]": a, ":in[0]": a, ":in[1]": b, "left:in": a, "left:in[input]": a, "right:in": b}
+    )
     values = capture(f, [":in[b]", ":in[a]"])(params, (a, b))[1]
     assert_same(dict(values.items()), {":in[b]": b, ":in[a]": a})
 

@@ -230,6 +230,17 @@ def test_nothing_is_changed():
     assert (params == before).all()
 
 
+def test_a_key_value_cache_is_left_as_it_is():
+    """The symptom: the caller's cache held fake tensors afterwards."""
+    model, inputs = zoo._gpt2()
+    cache = model(inputs["input_ids"], use_cache=True).past_key_values
+    f, params = functionalize(model)
+    keys = cache.layers[0].keys
+    table = trace(f, params, {"input_ids": inputs["input_ids"][:, :1], "past_key_values": cache})
+    assert table[":out[logits]"].shape == (4, 1, 30)
+    assert cache.layers[0].keys is keys and keys.shape[2] == 6
+
+
 def test_control_flow_on_values_falls_back_to_a_real_run():
     class Branch(nn.Module):
         def __init__(self):

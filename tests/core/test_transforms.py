@@ -49,7 +49,7 @@ class Increment(nn.Module):
 
 chain, empty = functionalize(Chain())
 
-# Order -----------------------------------------------------------------------------------------------------------------
+# Order ---------------------------------------------------------------------------------------------------------------
 
 
 def test_a_capture_outside_a_write_reads_the_written_value_and_one_inside_reads_the_value_before() -> None:
@@ -96,7 +96,7 @@ def test_values_come_in_the_order_asked_for() -> None:
     assert list(capture(chain, ["c", "a:in", "b"])(empty, X)[1].keys()) == ["c", "a:in", "b"]
 
 
-# Writes ----------------------------------------------------------------------------------------------------------------
+# Writes --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [3, 3.0, True])
@@ -167,7 +167,7 @@ def test_a_write_may_call_the_model_that_it_writes_into() -> None:
     assert_same(capture(g, "/add@*")(params, x)[0], g(params, x))
 
 
-# Gradients -------------------------------------------------------------------------------------------------------------
+# Gradients -----------------------------------------------------------------------------------------------------------
 
 
 def test_freeze_stops_the_gradient_at_its_site_only() -> None:
@@ -252,7 +252,7 @@ def test_deltas_may_be_a_tensordict_batched_by_vmap() -> None:
     assert_same(found, 2 * X + 1 + deltas["a"] + deltas["b"], **CLOSE)
 
 
-# Stopping --------------------------------------------------------------------------------------------------------------
+# Stopping ------------------------------------------------------------------------------------------------------------
 
 
 class Bomb(nn.Module):
@@ -323,10 +323,12 @@ def test_a_compiled_head_equals_the_eager_one() -> None:
     assert_same(run(params, x), stop_at(f, "layers.1")(params, x), **CLOSE)
 
 
-# Operations ------------------------------------------------------------------------------------------------------------
+# Operations ----------------------------------------------------------------------------------------------------------
 
 
-def residual(params: Any, x: Tensor, relu: Any = F.relu, probabilities: Any = lambda v: v, sum_: Any = lambda v: v) -> Any:
+def residual(
+    params: Any, x: Tensor, relu: Any = F.relu, probabilities: Any = lambda v: v, sum_: Any = lambda v: v
+) -> Any:
     """`zoo.Residual` written out, with what to do at its operations."""
     linear = {name: lambda v, p=params[name]: F.linear(v, p["weight"], p["bias"]) for name in ("up", "down")}
     h = sum_(x + relu(linear["up"](x)))
@@ -436,7 +438,7 @@ def test_what_a_write_computes_is_no_operation_of_the_model() -> None:
     assert list(capture(g, "/add@*")(params, x)[1].keys()) == ["/add@0", "/add@1"]
 
 
-# Transforms of the model's own -----------------------------------------------------------------------------------------
+# Transforms of the model's own ---------------------------------------------------------------------------------------
 
 
 class Inside(nn.Module):

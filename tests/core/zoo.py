@@ -177,7 +177,9 @@ class Several(nn.Module):
         super().__init__()
         self.left, self.right = nn.Linear(3, 4), nn.Linear(2, 4)
 
-    def forward(self, a: Tensor, b: Tensor, mask: Tensor | None = None, *, scale: float = 1.0, mode: str = "sum") -> Tensor:
+    def forward(
+        self, a: Tensor, b: Tensor, mask: Tensor | None = None, *, scale: float = 1.0, mode: str = "sum"
+    ) -> Tensor:
         left, right = self.left(input=a), self.right(b)
         h = left + right if mode == "sum" else left * right
         return h * scale if mask is None else h * scale * mask
@@ -461,8 +463,14 @@ plain = [
 normed = [
     Case("old_weight_norm", lambda: _normed(nn.utils.weight_norm)),
     Case("old_spectral_norm", lambda: _normed(nn.utils.spectral_norm)),
-    Case("weight_norm", lambda: _normed(parametrizations.weight_norm), pickles="torch does not pickle parametrizations"),
-    Case("spectral_norm", lambda: _normed(parametrizations.spectral_norm), pickles="torch does not pickle parametrizations"),
+    Case(
+        "weight_norm", lambda: _normed(parametrizations.weight_norm), pickles="torch does not pickle parametrizations"
+    ),
+    Case(
+        "spectral_norm",
+        lambda: _normed(parametrizations.spectral_norm),
+        pickles="torch does not pickle parametrizations",
+    ),
 ]
 tensordicts = [
     Case("tensordict_module", _tensordict_module),

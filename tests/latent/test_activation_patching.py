@@ -458,3 +458,42 @@ def test_bad_input(arguments, error, message):
     given = {"f": f, "params": params, "clean": A, "corrupted": B, "metric": lambda out: out.sum(), "sites": "0"}
     with pytest.raises(error, match=message):
         activation_patching(**{**given, **arguments})
+
+
+def test_a_model_that_writes_into_its_own_tensors_runs_once_per_patch():
+    """The symptom: vmap refuses to write a patched value into a tensor that is not patched."""
+
+    class Stream(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+
+        def forward(self, x):
+            x = x * 1
+            for block in self.blocks:
+                x += block(x)
+            return x
+
+    f, params = functionalize(Stream().double())
+    clean, corrupted = torch.randn(2, 3).double(), torch.randn(2, 3).double()
+    sites = [f"blocks.{i}" for i in range(3)]
+    got = activation_patching(f, params, clean, corrupted, lambda out: out.sum(-1), sites=sites)
+    _, values = tdhook.capture(f, sites)(params, clean)
+    for i, site in enumerate(sites):
+        for p in range(3):
+            write = lambda value, p=p, site=site: torch.where(torch.arange(3) == p, values[site], value)  # noqa: E731
+            CLOSE(got.patched[i, p], intervene(f, {site: write})(params, corrupted).sum(-1))
+
+
+def test_an_error_of_the_metric_comes_through():
+    f, params, clean, corrupted = small()
+    seen = []
+
+    def moody(out):
+        seen.append(None)
+        if len(seen) > 2:
+            raise RuntimeError("no more")
+        return out.sum()
+
+    with pytest.raises(RuntimeError, match="no more"):
+        activation_patching(f, params, clean, corrupted, moody, sites="0")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from matplotlib import pyplot
 
-from tdhook.errors import InputError
+from tdhook import errors
 from tdhook.plotting import heat_map_over_image, heat_maps_over_image
 
 IMAGE = torch.rand(6, 8, 3, generator=torch.Generator().manual_seed(0))
@@ -88,12 +88,12 @@ def test_arguments_are_not_changed_and_may_carry_gradients():
     ],
 )
 def test_wrong_arguments_raise(image, attribution, options, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(errors.InputError, match=message):
         heat_map_over_image(image, attribution, **options)
 
 
 def test_a_grid_needs_one_title_for_each_target():
-    with pytest.raises(InputError, match=r"hold 2 targets, titles 1"):
+    with pytest.raises(errors.InputError, match=r"hold 2 targets, titles 1"):
         heat_maps_over_image(IMAGE, torch.randn(2, 6, 8), titles=["one"])
-    with pytest.raises(InputError, match="columns is at least 1"):
+    with pytest.raises(errors.InputError, match="columns is at least 1"):
         heat_maps_over_image(IMAGE, torch.randn(2, 6, 8), columns=0)

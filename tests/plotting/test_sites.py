@@ -7,7 +7,7 @@ import pytest
 import torch
 from matplotlib import pyplot
 
-from tdhook.errors import InputError
+from tdhook import errors
 from tdhook.plotting import site_position_map, site_position_maps
 
 SITES = [f"h.{i}.attn:out[0]" for i in range(3)]
@@ -49,7 +49,8 @@ def test_the_range_is_symmetric_around_zero_unless_limits_say_otherwise():
 
 
 def test_panels_share_one_range():
-    figure = site_position_maps({"attention": (torch.ones(2, 4), ["a", "b"]), "MLP": (-torch.ones(1, 4) * 3, ["c"])}, TOKENS)
+    panels = {"attention": (torch.ones(2, 4), ["a", "b"]), "MLP": (-torch.ones(1, 4) * 3, ["c"])}
+    figure = site_position_maps(panels, TOKENS)
     first, second, bar = figure.axes
     assert (first.get_title(), second.get_title()) == ("attention", "MLP")
     assert first.images[0].get_clim() == second.images[0].get_clim() == bar.get_ylim() == (-3, 3)
@@ -78,12 +79,12 @@ def test_pyplot_and_its_settings_are_left_alone():
     ],
 )
 def test_wrong_arguments_raise(values, options, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(errors.InputError, match=message):
         site_position_map(values, SITES, TOKENS, **options)
 
 
 def test_no_panel_raises():
-    with pytest.raises(InputError, match="panels is empty"):
+    with pytest.raises(errors.InputError, match="panels is empty"):
         site_position_maps({}, TOKENS)
 
 
