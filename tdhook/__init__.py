@@ -2,13 +2,16 @@
 
 from . import attribution, latent
 from .core import errors, targets
+from .core.derivatives import edit_gradient, freeze, perturb
 from .core.errors import TdhookError
 from .core.functional import FunctionalModel, functionalize
 from .core.progress import tqdm_progress
+from .core.reading import capture, stop_at
 from .core.sites import Site
 from .core.tail import start_from
 from .core.tracing import Trace, trace
-from .core.transforms import capture, edit_gradient, expand, freeze, intervene, perturb, stop_at
+from .core.transforms import expand
+from .core.writing import intervene
 
 __version__ = "0.1.0"
 

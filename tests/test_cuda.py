@@ -91,5 +91,5 @@ def test_compiled():
 
 def test_baselines_on_another_device_are_refused():
     f, _, (params, x, _) = both()
-    with pytest.raises(InputError, match="on cpu for .* on cuda:0"):
+    with pytest.raises(InputError, match=r"on cpu for .* on cuda:0"):
         integrated_gradients(f, params, x, targets=0, baselines=x.cpu())

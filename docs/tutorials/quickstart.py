@@ -73,7 +73,7 @@ def cat(out: Path, short: bool) -> bool:
     steps = 16 if short else 64
     targets = tdhook.targets.top_k(5)
     begun = time.perf_counter()
-    attributions = integrated_gradients(f, params, inputs, targets=targets, baselines=0.0, steps=steps, chunk_size=8)
+    attributions = integrated_gradients(f, params, inputs, targets=targets, baselines=0.0, steps=steps, chunk_size=4)
     took = time.perf_counter() - begun
 
     # Completeness: the attributions of a class should add up to its score minus its score for the baseline. What is
@@ -106,7 +106,7 @@ def compare_gradients(model: nn.Module, inputs: Tensor, classes: list[int]) -> b
 
     # The times, in the precision that one uses: five classes, eight path points, alternating and the best of two.
     together, one_by_one = alternate(
-        lambda: integrated_gradients(f, params, inputs, targets=classes, steps=steps, chunk_size=steps),
+        lambda: integrated_gradients(f, params, inputs, targets=classes, steps=steps, chunk_size=4),
         lambda: torch.stack([gradients_by_hand(model, inputs, c, steps) for c in classes]),
     )
 
@@ -144,7 +144,8 @@ def names(out: Path, short: bool) -> bool:
     headline("Activation patching: SmolLM2-135M and two names")
     model, tokenizer = smollm2()
     clean, corrupted = (torch.tensor([tokenizer.encode(text)]) for text in (CLEAN, CORRUPTED))
-    tokens = tokenizer.tokens(CLEAN)
+    pairs = zip(tokenizer.tokens(CLEAN), tokenizer.tokens(CORRUPTED), strict=True)
+    tokens = [token if token == other else f"{token}/{other.strip()}" for token, other in pairs]
     (mary,), (john,) = tokenizer.encode(" Mary"), tokenizer.encode(" John")
 
     # `use_cache=False` is bound once: a cache would let calls of the model talk to each other.
@@ -179,11 +180,11 @@ def names(out: Path, short: bool) -> bool:
     count = sum(values.numel() for values, _ in panels.values())
     print(f"\n' Mary' − ' John': clean {result.clean.item():+.2f}, corrupted {result.corrupted.item():+.2f}")
     print(f"{count} patches in {took:.1f} s. Where one vector restores most of it (0: as corrupted, 1: as clean):\n")
-    print(f"{'':<18}{'site':<36}{'token':<10}{'restored':>9}")
+    print(f"{'':<18}{'site':<36}{'token':<14}{'restored':>9}")
     for kind, (values, sites) in panels.items():
         best = int(values.argmax())
         site, position = divmod(best, len(tokens))
-        print(f"{kind:<18}{sites[site]:<36}{tokens[position]!r:<10}{values.flatten()[best]:>9.2f}")
+        print(f"{kind:<18}{sites[site]:<36}{tokens[position]!r:<14}{values.flatten()[best]:>9.2f}")
 
     figure = site_position_maps(
         panels,

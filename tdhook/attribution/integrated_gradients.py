@@ -14,10 +14,11 @@ from torch.func import vjp
 from ..core.batching import chunks, pull_each, vmap_or_loop
 from ..core.checks import flatten_as, require_gradients, require_positive, warn_if_stochastic
 from ..core.errors import InputError
+from ..core.reading import stop_at
 from ..core.replay import Tape
 from ..core.structure import describe, pytree
 from ..core.targets import Targets, check, select
-from ..core.transforms import Sites, exact_wants, require_sites, stop_at
+from ..core.transforms import Sites, exact_wants, require_sites, values_at
 from .quadrature import quadrature_rule
 
 
@@ -252,11 +253,7 @@ def _site_path(f: Any, params: Any, inputs: Any, baselines: Any, at: Sites) -> _
     tape = Tape(f, params, inputs, wants)
     ends = [tape.values[want] for want in wants]
     if by_site:
-        given = dict(baselines.items())
-        missing = [n for n, w in zip(names, wants) if n not in given and w.request not in given]
-        if missing:
-            raise InputError(f"baselines has no {missing[0]!r}, a site of at; it has {', '.join(map(repr, given))}.")
-        values = [given.get(n, given.get(w.request)) for n, w in zip(names, wants)]
+        values = list(values_at(wants, baselines, "baselines").values())
     else:
         head = stop_at(f, names)(params, base_inputs)
         values = [head[name] for name in names]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from .compat import is_compiling
 from .structure import pytree
 
 
@@ -26,7 +27,7 @@ def chunks(length: int, chunk_size: int | None) -> Iterator[slice]:
 def vmap_or_loop(function: Callable, arguments: Any, chunk_size: int | None = None) -> Any:
     """`vmap(function)(arguments)`; a loop where vmap cannot go, as in a model that writes into a tensor of its own in place."""
     vmapped = vmap(function, chunk_size=chunk_size, randomness="different")
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return vmapped(arguments)
     try:
         return vmapped(arguments)

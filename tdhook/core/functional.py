@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 
 from . import structure
+from .compat import is_compiling
 from .errors import InputError, ModelError
 from .scope import Frame, Handler, Observer
 from .sites import Tree, join_path
@@ -139,14 +140,13 @@ class Blueprint:
         self.takes_tensordict = isinstance(module, TensorDictModuleBase)
         self.stochastic = tuple(_stochastic(module))
         self.kinds = {join_path(path.split(".")) if path else "": type(m).__name__ for path, m in module.named_modules()}
-        self.mutated: set[str] = set()  # sites whose value the model overwrites after it was read
         self.tails: dict[Any, dict] = {}  # what start_from found that it can leave out
         self.template = Twin(module, tensor_names)  # never run but by Dynamo, so that it can be copied at any time
         self._threads = threading.local()
 
     def twin(self) -> Twin:
         """A twin of the current thread that is not at work: a write may call the model that it writes into."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             # Dynamo traces under a lock of its own, and cannot trace the making of a twin.
             return self.template
         twins = self._threads.__dict__.setdefault("twins", [])

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .compat import is_compiling
 from .functional import Execution, FunctionalModel
+from .reading import Reader
 from .scope import Observer
 from .sites import Site, Want
 from .structure import tensors
 from .tail import Effects, inner_wants, surrounds
-from .transforms import Write, _Reader, _Writer
+from .writing import Write, Writer
 
 
 class _Recorder(Observer):
@@ -53,18 +55,18 @@ def _changed(versions: list[tuple[Tensor, int]]) -> bool:
 @contextmanager
 def _counting_writes() -> Iterator[None]:
     """Tensors of inference mode do not count their writes, so a tape works outside of it."""
-    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+    if is_compiling() or not torch.is_inference_mode_enabled():
         yield
     else:
         with torch.inference_mode(False), torch.no_grad():
             yield
 
 
-class _TimedReader(_Reader):
+class _TimedReader(Reader):
     """Reads the values at sites and the time at which each passes."""
 
-    def __init__(self, wants: tuple[Want, ...], recorder: _Recorder, clone: Any):
-        super().__init__(wants, clone)
+    def __init__(self, wants: tuple[Want, ...], recorder: _Recorder):
+        super().__init__(wants)
         self.recorder = recorder
         self.times: dict[Want, int] = {}
 
@@ -83,20 +85,13 @@ class Tape:
 
     def __init__(self, f: FunctionalModel, params: Any, inputs: Any, wants: tuple[Want, ...]):
         self.f, self.params, self.inputs = f, params, inputs
-        compiling = torch.compiler.is_compiling()
-        mutated = f.base.blueprint.mutated
-        while True:
-            recorder = _Recorder(f)
-            reader = _TimedReader(wants, recorder, mutated.__contains__)
-            observer = None if compiling else recorder
-            with _counting_writes():
-                self.output = f._run(params, inputs, (), Execution((reader,), observer))
-            overwritten = [] if compiling else reader.overwritten()
-            if not overwritten:
-                break
-            mutated.update(overwritten)
+        recorder = _Recorder(f)
+        reader = _TimedReader(wants, recorder)
+        observer = None if is_compiling() else recorder
+        with _counting_writes():
+            self.output = f._run(params, inputs, (), Execution((reader,), observer))
         reader.finish()
-        self.values = {want: value for (want, _), (value, _) in reader.values.items()}
+        self.values = {want: value for (want, _), value in reader.values.items()}
         self._times = reader.times
         # A batched tensor does not count its writes, so under vmap nothing is known to be still what it was.
         known = not any(
@@ -108,7 +103,7 @@ class Tape:
         """The output of `f` with values written at sites of the tape. Cost: the part of the forward after the first site."""
         start = min(self._times[want] for want in writes)
         substitutes = {call: output for time, call, output in self._finished if time <= start}
-        writer = _Writer(tuple(writes), writes)
+        writer = Writer(tuple(writes), writes)
         with _counting_writes():
             output = self.f._run(self.params, self.inputs, (), Execution((writer,), substitutes=substitutes))
         writer.finish()

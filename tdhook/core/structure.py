@@ -7,11 +7,9 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-
 from tensordict import TensorDictBase, is_tensor_collection
 from torch import Tensor
 from torch.utils import _pytree as pytree
-
 
 
 def get(value: Any, key: int | str) -> Any:

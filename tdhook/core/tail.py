@@ -8,22 +8,22 @@ placeholders of NaN, which would show in the result if the analysis were wrong.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .errors import InputError, SiteError
+from .compat import is_compiling
+from .errors import InputError
 from .functional import Execution, FunctionalModel
 from .scope import Handler, Observer
 from .sites import Site, Want
 from .structure import describe, pytree
 from .tracing import reachable_tensors, run_abstract
-from .transforms import Sites, Transform, _take, _Writer, exact_wants, require_sites
+from .transforms import Sites, Transform, exact_wants, require_sites, take, values_at
+from .writing import Writer
 
 _PLAIN = (Tensor, int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, slice)
 
@@ -160,7 +160,7 @@ def _superfluous(
     kept = (*g.wants, *outer, *inner_wants(g.inner))
 
     def recorded(params: Any, inputs: Any, extra: tuple, values: dict[str, Tensor]) -> tuple:
-        writer = _Writer(g.wants, {want: values[name] for want, name in names.items()})
+        writer = Writer(g.wants, {want: values[name] for want, name in names.items()})
         seen = _Seen(outer)
         with _FlowMode(flow):
             output = g.inner._run(params, inputs, extra, Execution((seen, writer), flow))
@@ -189,31 +189,22 @@ class StartFrom(Transform):
     single: bool
 
     def _run(self, params: Any, inputs: Any, extra: tuple, execution: Execution) -> Any:
-        value, extra = _take(extra, "value")
+        value, extra = take(extra, "value")
         writes = self._writes(value)
-        substitutes = None if torch.compiler.is_compiling() else self._left_out(params, inputs, extra, writes, execution)
+        substitutes = None if is_compiling() else self._left_out(params, inputs, extra, writes, execution)
         if execution.substitutes is not None:
             substitutes = {**(substitutes or {}), **execution.substitutes}
-        writer = _Writer(self.wants, writes)
+        writer = Writer(self.wants, writes)
         within = Execution((*execution.handlers, writer), execution.observer, substitutes)
         output = self.inner._run(params, inputs, extra, within)
         writer.finish()
         return output
 
     def _writes(self, value: Any) -> dict[Want, Tensor]:
-        if self.single:
-            value = {self.wants[0].request: value}
-        elif not isinstance(value, (Mapping, TensorDictBase)):
-            raise InputError(f"value is a mapping from the sites of start_from to tensors, got {describe(value)}.")
-        given = dict(value.items())
-        writes = {}
-        for want in self.wants:
-            name = str(want.site) if str(want.site) in given else want.request
-            if name not in given:
-                raise SiteError(f"value has no {str(want.site)!r}; it has {', '.join(map(repr, given)) or 'nothing'}.")
-            writes[want] = given[name]
-            if not isinstance(writes[want], Tensor):
-                raise InputError(f"value for {name!r} is {describe(writes[want])}; give a tensor.")
+        writes = values_at(self.wants, {self.wants[0].request: value} if self.single else value, "value")
+        for want, tensor in writes.items():
+            if not isinstance(tensor, Tensor):
+                raise InputError(f"value for {str(want.site)!r} is {describe(tensor)}; give a tensor.")
         return writes
 
     def _left_out(

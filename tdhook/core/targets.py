@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from . import structure
+from .compat import is_compiling
 from .errors import TargetError
 
-Targets = Union[None, int, Sequence[Union[int, Callable[[Any], Tensor]]], Callable[[Any], Tensor]]
+Targets = Union[None, int, Sequence[int | Callable[[Any], Tensor]], Callable[[Any], Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +137,7 @@ def per_example(classes: Tensor, *, key: int | str | None = None, position: int 
 
 def _require_values(name: str, classes: Tensor, count: int) -> None:
     """Range check of a tensor of classes, where its values can be looked at."""
-    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(classes):
+    if is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(classes):
         return
     wrong = classes[(classes < 0) | (classes >= count)]
     if len(wrong):

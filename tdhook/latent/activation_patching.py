@@ -11,13 +11,15 @@ from torch import Tensor
 
 from ..core.batching import vmap_or_loop
 from ..core.checks import require_positive, warn_if_stochastic
+from ..core.compat import is_compiling
 from ..core.errors import InputError, SiteError, TargetError
 from ..core.functional import FunctionalModel
 from ..core.progress import Progress
+from ..core.reading import Capture
 from ..core.replay import Tape
 from ..core.sites import Tree, Want
 from ..core.structure import describe, pytree
-from ..core.transforms import Capture, Sites, require_sites
+from ..core.transforms import Sites, require_sites
 
 DIRECTIONS = ("denoise", "noise")
 
@@ -132,8 +134,7 @@ def _one_value_each(tree: Tree, sites: Sites) -> tuple[Want, ...]:
 
 
 def _require_aligned(clean: Any, corrupted: Any) -> None:
-    first, first_spec = pytree.tree_flatten(clean)
-    second, second_spec = pytree.tree_flatten(corrupted)
+    first, second = pytree.tree_leaves(clean), pytree.tree_leaves(corrupted)
     if len(first) != len(second):
         raise InputError(f"clean is {describe(clean)} but corrupted is {describe(corrupted)}; give inputs of the same structure.")
     for a, b in zip(first, second):
@@ -203,7 +204,7 @@ def _patch_site(
 
 def _that_change_something(value: Tensor, source: Tensor, places: list[int], axis: int) -> list[int]:
     """Which patches differ from what is there. All of them where values cannot be looked at or carry derivatives."""
-    if torch.compiler.is_compiling() or any(
+    if is_compiling() or any(
         t.requires_grad or t.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(t) for t in (value, source)
     ):
         return list(range(len(places)))

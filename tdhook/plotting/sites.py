@@ -51,6 +51,7 @@ def site_position_map(
         InputError: values of another shape than sites and tokens, NaN, limits that are not ascending, a bad percentile.
         ImportError: matplotlib is not installed.
 
+    >>> import torch
     >>> figure = site_position_map(torch.randn(2, 3), ["h.0.mlp", "h.1.mlp"], ["I", " am", " here"], label="effect")
     >>> axes, bar = figure.axes
     >>> [text.get_text() for text in axes.get_xticklabels()], axes.get_ylabel(), bar.get_ylabel()
@@ -90,6 +91,7 @@ def site_position_maps(
             percentile.
         ImportError: matplotlib is not installed.
 
+    >>> import torch
     >>> panels = {"attention": (torch.zeros(1, 2), ["h.0.attn"]), "MLP": (torch.ones(1, 2), ["h.0.mlp"])}
     >>> len(site_position_maps(panels, ["a", "b"]).axes)
     3

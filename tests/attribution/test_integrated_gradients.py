@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from itertools import pairwise
+from typing import ClassVar
 
 import captum.attr
 import numpy
@@ -25,7 +27,7 @@ CAPTUM = partial(torch.testing.assert_close, rtol=1e-7, atol=1e-8)  # it casts i
 
 def mlp(*widths, act=nn.Tanh, seed=0):
     torch.manual_seed(seed)
-    layers = [m for a, b in zip(widths, widths[1:]) for m in (nn.Linear(a, b), act())]
+    layers = [m for a, b in pairwise(widths) for m in (nn.Linear(a, b), act())]
     return nn.Sequential(*layers[:-1]).double()
 
 
@@ -51,7 +53,7 @@ def loop(model, x, baseline, target, steps=50):
 class Calls(nn.Module):
     """Counts its calls in a list that no twin copies."""
 
-    count = [0]
+    count: ClassVar = [0]
 
     def forward(self, x: Tensor) -> Tensor:
         Calls.count[0] += 1

@@ -334,7 +334,7 @@ def test_a_pattern_does_not_write_one_value_into_all_elements_of_a_structure() -
         ({"layers.1": torch.zeros(4, 4)}, r"deltas has no 'layers\.0'; it has 'layers\.1'"),
         (
             {"layers.0": torch.zeros(4, 4), "layer.0": 1},
-            r"deltas has 'layer\.0', which is not perturbed\. Did you mean 'layers\.0'",
+            r"deltas has 'layer\.0', which is not asked for\. Did you mean 'layers\.0'",
         ),
         (
             {"layers.0": 0.0},

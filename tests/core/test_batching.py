@@ -54,7 +54,7 @@ def test_flatten_as_goes_by_name_not_by_order():
 
 @pytest.mark.parametrize("value", [{"a": 1}, {"a": 1, "c": (2, 3)}, {"a": 1, "b": (2,)}, {"a": 1, "b": 3}, (1, (2, 3)), None])
 def test_flatten_as_refuses_another_structure(value):
-    with pytest.raises(InputError, match="x is .* not the structure of inputs"):
+    with pytest.raises(InputError, match=r"x is .* not the structure of inputs"):
         flatten_as("x", value, {"a": 1, "b": (2, 3)})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ pytestmark = [
 class Count(nn.Module):
     """A linear layer that counts its runs in a list that no twin copies."""
 
-    runs: dict[str, int] = {}
+    runs: ClassVar[dict[str, int]] = {}
 
     def __init__(self, name: str, width: int = 4):
         super().__init__()
@@ -569,7 +570,7 @@ def test_a_value_is_needed_and_has_to_fit(nested):
         start_from(f, "0")(params, x, 1.0)
     with pytest.raises(SiteError, match=r"write at '0' is a float32 tensor of shape \[2, 4\]"):
         start_from(f, "0")(params, x, torch.ones(2, 4))
-    with pytest.raises(InputError, match="value is a mapping from the sites"):
+    with pytest.raises(InputError, match="value is a mapping from sites to tensors"):
         start_from(f, ["0", "2"])(params, x, torch.ones(2, 3))
     with pytest.raises(SiteError, match="value has no '2'; it has '0'"):
         start_from(f, ["0", "2"])(params, x, {"0": torch.ones(2, 3)})

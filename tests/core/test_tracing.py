@@ -13,6 +13,7 @@ from torch.func import vmap
 
 from tdhook import capture, expand, functionalize, intervene, perturb, start_from, trace
 from tdhook.core.errors import InputError, ModelError, SiteError
+
 from . import zoo
 from .plain import prepared
 
@@ -134,7 +135,7 @@ def test_language_models(name, blocks):
     model, inputs = case()
     f, params = functionalize(model)
     table = trace(f, params, inputs)
-    outputs = [s for s in table.select(blocks)]
+    outputs = table.select(blocks)
     assert [s.removesuffix(":out[0]") for s in outputs] == expand(f, blocks)
     assert all(table[s].shape == (4, 6, 8) for s in outputs)
     assert table[":out[logits]"].shape[0] == 4
@@ -188,7 +189,7 @@ def test_select_one_tensor_of_a_structured_value():
 
 
 def test_select_raises_for_an_unknown_module_and_for_inputs(table):
-    with pytest.raises(SiteError, match="no module 'layer.0'.*Did you mean 'layers.0'"):
+    with pytest.raises(SiteError, match=r"no module 'layer.0'.*Did you mean 'layers.0'"):
         table.select("layer.0")
     with pytest.raises(SiteError, match="a trace lists outputs, not 'act:in'"):
         table.select("act:in")

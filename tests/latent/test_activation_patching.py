@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -278,7 +279,7 @@ def test_inside_a_transformed_model():
 
 
 class Calls(nn.Module):
-    log: list[str] = []
+    log: ClassVar[list[str]] = []
 
     def __init__(self, name):
         super().__init__()
