@@ -1,7 +1,6 @@
 """Interpretability of PyTorch models as pure functions: no hooks, no state, and any model."""
 
-from . import attribution, latent
-from .core import errors, targets
+from . import attribution, errors, latent, targets
 from .core.derivatives import edit_gradient, freeze, perturb
 from .core.errors import TdhookError
 from .core.functional import FunctionalModel, functionalize

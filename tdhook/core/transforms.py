@@ -132,7 +132,7 @@ def values_at(wants: tuple[Want, ...], mapping: Any, name: str) -> dict[Want, An
     for want in wants:
         key = str(want.site) if str(want.site) in given else want.request
         if key not in given:
-            raise SiteError(f"{name} has no {str(want.site)!r}; it has {', '.join(map(repr, given)) or 'nothing'}.")
+            raise SiteError(f"{name} has no {str(want.site)!r}; it has {', '.join(map(repr, mapping.keys())) or 'nothing'}.")
         values[want] = given.pop(key)
     if given:
         key = next(iter(given))

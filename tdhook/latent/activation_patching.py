@@ -73,7 +73,7 @@ def activation_patching(
             operation [B, H, L, D] are `axis=1` too. None patches the whole value at once.
         direction: `"denoise"` or `"noise"`.
         chunk_size: how many patches of one site run at once; None for all. It bounds memory and does not change the result.
-        progress: called as `progress(done, total)` after every site; see `tdhook.tqdm_progress`.
+        progress: called as `progress(done, total)` at the start and after every site; see `tdhook.tqdm_progress`.
 
     Returns:
         `Patching` with `patched`, `clean`, `corrupted`, and `normalized`.
@@ -114,6 +114,8 @@ def activation_patching(
     if len({len(p) for p in places}) > 1:
         raise InputError("positions=None needs the same length along axis at all sites; give positions, or call once per group.")
 
+    if progress is not None:
+        progress(0, len(wants))
     rows = []
     for done, (want, place) in enumerate(zip(wants, places), start=1):
         rows.append(_patch_site(base, metric, base_metric, want, source[str(want.site)], place, axis, chunk_size))

@@ -634,7 +634,7 @@ X = torch.ones(3, 6)
         (X, {"at": "7"}, errors.SiteError, "the model has no module '7'"),
         (X, {"at": "*"}, errors.SiteError, r"at takes exact sites, got the pattern '\*'"),
         (X, {"at": "0", "baselines": {"0": torch.ones(9)}}, errors.InputError, "baselines for '0' holds .* does not broadcast"),
-        (X, {"at": ["0", "2"], "baselines": {"0": 0.0}}, errors.InputError, "baselines has no '2', a site of at; it has '0'"),
+        (X, {"at": ["0", "2"], "baselines": {"0": 0.0}}, errors.SiteError, "baselines has no '2'; it has '0'"),
         (X, {"at": "0", "baselines": torch.ones(1, 6)}, errors.InputError, "give the shape of inputs"),
         (X, {"at": "0", "baselines": {"7": 0.0}}, errors.InputError, r"a dict with '7' for a float32 .* or \{site: value\} for at"),
     ],

@@ -1,0 +1,23 @@
+"""Every error and warning that tdhook raises on purpose."""
+
+from .core.errors import (
+    GradientError,
+    InputError,
+    ModelError,
+    ParamsError,
+    SiteError,
+    TargetError,
+    TdhookError,
+    TdhookWarning,
+)
+
+__all__ = [
+    "GradientError",
+    "InputError",
+    "ModelError",
+    "ParamsError",
+    "SiteError",
+    "TargetError",
+    "TdhookError",
+    "TdhookWarning",
+]
