@@ -66,9 +66,7 @@ def _case(
     )
 
 
-def _competitors(
-    corrupted_text: str, sites: Sequence[str], options: Options, constants: dict[str, Any]
-) -> list[Competitor]:
+def _competitors(corrupted_text: str, sites: Sequence[str], options: Options, constants: dict[str, Any]) -> list[Competitor]:
     model, tokenizer = smollm2()
     clean, corrupted = token_ids(PROMPT), token_ids(corrupted_text)
     mary, john = (tokenizer.encode(name)[0] for name in (" Mary", " John"))

@@ -39,9 +39,7 @@ def cases(options: Options) -> Iterator[Case]:
     within = {"seconds": seconds, "tolerance": 0.0}
     goals = (Goal("ours", "model(x)", 1 / 1.05),)
     yield Case("call of SmolLM2", {"tokens": 15}, _call_smollm2, goals=goals, **within)
-    yield Case(
-        "call of an MLP, 10 layers, width 10", {"batch": 10}, _call_mlp, goals=(Goal("ours", "model(x)", 1 / 2.5),)
-    )
+    yield Case("call of an MLP, 10 layers, width 10", {"batch": 10}, _call_mlp, goals=(Goal("ours", "model(x)", 1 / 2.5),))
     yield Case("capture of 30 blocks", {"tokens": 15}, _capture, goals=(Goal("ours", "model(x)", 1 / 1.05),), **within)
     yield Case(
         "functionalize SmolLM2",
@@ -100,8 +98,7 @@ def _capture() -> list[Competitor]:
     def hooks() -> list[Tensor]:
         found: list[Tensor] = []
         handles = [
-            layer.register_forward_hook(lambda module, args, output: found.append(output))
-            for layer in model.model.layers
+            layer.register_forward_hook(lambda module, args, output: found.append(output)) for layer in model.model.layers
         ]
         try:
             return [model(ids, use_cache=False).logits, *found]

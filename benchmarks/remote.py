@@ -35,9 +35,7 @@ class Remote:
 
     def _start(self) -> None:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        self.process = subprocess.Popen(
-            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+        self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         self._end = weakref.finalize(self, _end, self.process)
         self.versions = self.ask({"prepare": self.parameters})
 

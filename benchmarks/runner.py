@@ -60,9 +60,7 @@ def measure(task: str, case: Case, options: Options, progress: Progress = lambda
             progress(f"memory: {c.name}")
             entry["peak_bytes"] = _peak(task, case, c, chosen[c.name], options)
         found["competitors"].append(entry)
-    found["goals"] = [
-        goal.judge(medians) for goal in case.goals if {goal.competitor, goal.against} - {""} <= set(medians)
-    ]
+    found["goals"] = [goal.judge(medians) for goal in case.goals if {goal.competitor, goal.against} - {""} <= set(medians)]
     return found
 
 

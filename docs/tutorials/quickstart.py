@@ -86,9 +86,7 @@ def cat(out: Path, short: bool) -> bool:
     print(f"{'class':<16}{'probability':>12}{'score':>9}{'sum of attributions':>22}{'completeness error':>21}")
     for i, c in enumerate(top):
         probability = f"{scores.softmax(-1)[0, c]:.1%}"
-        print(
-            f"{classes[c]:<16}{probability:>12}{scores[0, c]:>9.2f}{attributions[i].sum():>22.2f}{deltas[i, 0]:>21.2f}"
-        )
+        print(f"{classes[c]:<16}{probability:>12}{scores[0, c]:>9.2f}{attributions[i].sum():>22.2f}{deltas[i, 0]:>21.2f}")
 
     titles = [f"{classes[c]} ({scores.softmax(-1)[0, c]:.1%})" for c in top]
     grid = heat_maps_over_image(image, attributions, titles=titles, smoothing=1.5)
@@ -238,9 +236,7 @@ def compare_patching(
     return verdict(name, ours, "one hooked forward each", by_hand, ours[1], by_hand[1])
 
 
-def hooked(
-    model: nn.Module, block: nn.Module, ids: Tensor, edit: Callable[[Tensor], Tensor], whole: bool = False
-) -> Any:
+def hooked(model: nn.Module, block: nn.Module, ids: Tensor, edit: Callable[[Tensor], Tensor], whole: bool = False) -> Any:
     """One forward pass with a hook on a block: the block's output, or with `whole` the output of the model."""
     seen = []
 

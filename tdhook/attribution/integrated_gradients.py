@@ -41,15 +41,15 @@ def integrated_gradients(
         params: its parameters.
         inputs: as `f` takes them. All floating-point tensors move together; others are passed through.
         targets: which scalars F of the output to explain; see `tdhook.targets`. None: the output is Tensor [B].
-        baselines: x': a number, or the structure of `inputs` with tensors that broadcast to the inputs' shapes. With `at` also a
-            mapping from each site to the value (a tensor or a number) that it starts from.
+        baselines: x': a number, or the structure of `inputs` with tensors that broadcast to the inputs' shapes. With `at` also
+            a mapping from each site to the value (a tensor or a number) that it starts from.
         at: sites: integrate between the activations of baselines and inputs there, instead of the inputs. What lies before the
             sites is computed once.
         steps: number of path points.
         quadrature: `"gauss_legendre"`, `"riemann_left"`, `"riemann_right"`, `"midpoint"` or `"trapezoid"`.
         multiply_by_inputs: False leaves out the factor x - x'.
-        chunk_size: how many copies of the model run at once (path points, times targets in the backward); None for all. It bounds
-            memory and does not change the result.
+        chunk_size: how many copies of the model run at once (path points, times targets in the backward); None for all. It
+            bounds memory and does not change the result; on a CPU a small one (4, say) is also the fastest for large models.
 
     Returns:
         Attributions in the structure of `inputs` (None in place of what does not move), or a TensorDict keyed by site for `at`;
@@ -64,11 +64,12 @@ def integrated_gradients(
 
     Source: Sundararajan, Taly, Yan, "Axiomatic Attribution for Deep Networks" (2017).
 
-    >>> f, params = tdhook.functionalize(torch.nn.Linear(3, 2, bias=False))
-    >>> x = torch.randn(4, 3)
-    >>> attributions = integrated_gradients(f, params, x, targets=[0, 1])
-    >>> torch.allclose(attributions, params["weight"][:, None] * x, atol=1e-6)
-    True
+    Examples:
+        >>> f, params = tdhook.functionalize(torch.nn.Linear(3, 2, bias=False))
+        >>> x = torch.randn(4, 3)
+        >>> attributions = integrated_gradients(f, params, x, targets=[0, 1])
+        >>> torch.allclose(attributions, params["weight"][:, None] * x, atol=1e-6)
+        True
     """
     nodes, weights = quadrature_rule(quadrature, steps)
     require_positive("chunk_size", chunk_size, optional=True)
@@ -97,8 +98,13 @@ def convergence_delta(
         delta = sum_i attribution_i - (F(x) - F(x'))
 
     Args:
-        f, params, inputs, targets, baselines, at: as they were for the attributions.
+        f: the function that was explained.
+        params: its parameters.
+        inputs: as they were for the attributions; so are the following.
         attributions: what `integrated_gradients` returned, multiplied by inputs.
+        targets: the scalars that were explained.
+        baselines: where the path began.
+        at: the sites, if it ran between sites.
 
     Returns:
         Tensor [B], or [T, B] for plural targets; zero for a complete attribution.
@@ -108,11 +114,12 @@ def convergence_delta(
 
     Cost: two forward passes.
 
-    >>> f, params = tdhook.functionalize(torch.nn.Linear(3, 2))
-    >>> x = torch.randn(4, 3)
-    >>> attributions = integrated_gradients(f, params, x, targets=0)
-    >>> convergence_delta(f, params, x, attributions, targets=0).abs().max() < 1e-5
-    tensor(True)
+    Examples:
+        >>> f, params = tdhook.functionalize(torch.nn.Linear(3, 2))
+        >>> x = torch.randn(4, 3)
+        >>> attributions = integrated_gradients(f, params, x, targets=0)
+        >>> convergence_delta(f, params, x, attributions, targets=0).abs().max() < 1e-5
+        tensor(True)
     """
     check(targets)
     path = straight_path(f, params, inputs, baselines, at)
@@ -161,7 +168,7 @@ def _integrate_chunk(
         # One shift for all path points: its gradient is already the sum over them.
         return vmap_or_loop(values, [point + shift for point, shift in zip(points, shifts)])
 
-    chosen, pull = vjp(shifted, [torch.zeros_like(end) for end in path.ends])
+    chosen, pull, *_ = vjp(shifted, [torch.zeros_like(end) for end in path.ends])
     cotangent = torch.tensor(weights, dtype=chosen.dtype, device=chosen.device).reshape(-1, *[1] * (chosen.ndim - 1))
     (gradients,) = pull_each(pull, chosen, cotangent, targets_at_once)
     return list(gradients), several[0]

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..core.checks import flatten_as
 from ..core.errors import InputError
 from ..core.reading import stop_at
 from ..core.replay import Tape
-from ..core.structure import describe, pytree
+from ..core.structure import describe
 from ..core.transforms import Sites, exact_wants, require_sites, values_at
 
 
@@ -98,7 +99,9 @@ def _start(value: Any, end: Tensor, name: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise InputError(f"{name} holds {describe(value)}; give a number or a tensor.")
     if value.dtype != end.dtype or value.device != end.device:
-        raise InputError(f"{name} holds {describe(value)} on {value.device} for {describe(end)} on {end.device}; use .to(inputs).")
+        raise InputError(
+            f"{name} holds {describe(value)} on {value.device} for {describe(end)} on {end.device}; use .to(inputs)."
+        )
     try:
         return value.expand(end.shape)
     except RuntimeError:
@@ -146,12 +149,14 @@ def _baseline_inputs(inputs: Any, baselines: Any) -> Any:
         moving = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         if not moving:
             raise InputError(
-                f"baselines={baselines!r} cannot stand for {describe(inputs)}; pass inputs of the same kind (other token ids), or "
-                "{site: value} for the sites of at."
+                f"baselines={baselines!r} cannot stand for {describe(inputs)}; pass inputs of the same kind (other token ids), "
+                "or {site: value} for the sites of at."
             )
         return pytree.tree_unflatten(_placed(leaves, moving, [torch.full_like(leaves[i], baselines) for i in moving]), spec)
     given = flatten_as("baselines", baselines, inputs)
     for value, leaf in zip(given, leaves):
         if isinstance(leaf, Tensor) and (not isinstance(value, Tensor) or value.shape != leaf.shape):
-            raise InputError(f"baselines holds {describe(value)} for {describe(leaf)}; give the shape of inputs, or {{site: value}} for at.")
+            raise InputError(
+                f"baselines holds {describe(value)} for {describe(leaf)}; give the shape of inputs, or {{site: value}} for at."
+            )
     return baselines

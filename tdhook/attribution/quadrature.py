@@ -17,15 +17,16 @@ def quadrature_rule(name: str, steps: int) -> tuple[tuple[float, ...], tuple[flo
     """Nodes in [0, 1] and weights that sum to one, in double precision.
 
     Args:
-        name: `"gauss_legendre"` (exact for polynomials of degree 2 * steps - 1), `"riemann_left"`, `"riemann_right"`, `"midpoint"`
-            or `"trapezoid"` (steps nodes including both ends, the end weights halved).
+        name: `"gauss_legendre"` (exact for polynomials of degree 2 * steps - 1), `"riemann_left"`, `"riemann_right"`,
+            `"midpoint"` or `"trapezoid"` (steps nodes including both ends, the end weights halved).
         steps: number of nodes; at least 2 for the trapezoid.
 
     Raises:
         InputError: an unknown name, too few steps.
 
-    >>> quadrature_rule("trapezoid", 3)
-    ((0.0, 0.5, 1.0), (0.25, 0.5, 0.25))
+    Examples:
+        >>> quadrature_rule("trapezoid", 3)
+        ((0.0, 0.5, 1.0), (0.25, 0.5, 0.25))
     """
     if name not in QUADRATURES:
         raise InputError(f"quadrature={name!r} is unknown; choose from {', '.join(QUADRATURES)}.")

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import vmap
+from torch.utils import _pytree as pytree
 
 from .compat import is_compiling
-from .structure import pytree
+from .errors import TdhookWarning
 
 
 def chunks(length: int, chunk_size: int | None) -> Iterator[slice]:
     """Slices that cover `range(length)` in order, each of at most `chunk_size`.
 
-    >>> list(chunks(5, 2))
-    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    Examples:
+        >>> list(chunks(5, 2))
+        [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
     """
     step = length if chunk_size is None else min(chunk_size, length)
     for start in range(0, length, max(step, 1)):
@@ -25,16 +29,20 @@ def chunks(length: int, chunk_size: int | None) -> Iterator[slice]:
 
 
 def vmap_or_loop(function: Callable, arguments: Any, chunk_size: int | None = None) -> Any:
-    """`vmap(function)(arguments)`; a loop where vmap cannot go, as in a model that writes into a tensor of its own in place."""
+    """`vmap(function)(arguments)`, or a loop with a warning where vmap cannot go.
+
+    That is, in a model that writes batched values into a tensor of its own in place (`out[:, :4] = ...`), or updates the
+    statistics of a BatchNorm.
+    """
     vmapped = vmap(function, chunk_size=chunk_size, randomness="different")
     if is_compiling():
         return vmapped(arguments)
     try:
         return vmapped(arguments)
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        # An error of the function itself comes again, from the loop.
+    except RuntimeError as error:
+        if not re.search("vmap|got a batched tensor", str(error)):
+            raise
+        warnings.warn(f"vmap cannot run this model, so it runs once for each: {error}", TdhookWarning, stacklevel=2)
         leaves, spec = pytree.tree_flatten(arguments)
         results = [function(pytree.tree_unflatten(each, spec)) for each in zip(*leaves)]
         return pytree.tree_map(lambda *parts: torch.stack(parts), *results)

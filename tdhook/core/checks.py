@@ -17,7 +17,9 @@ from .structure import describe
 def require_gradients(method: str) -> None:
     """Raises `GradientError` where autograd is off: a gradient would be computed behind the caller's back, or be zero."""
     if not torch.is_grad_enabled():
-        raise GradientError(f"{method} needs gradients, but grad mode is off; call it outside of torch.no_grad and inference_mode.")
+        raise GradientError(
+            f"{method} needs gradients, but grad mode is off; call it outside of torch.no_grad and inference_mode."
+        )
 
 
 def warn_if_stochastic(f: Any, method: str) -> None:

@@ -48,10 +48,11 @@ def perturb(f: FunctionalModel, sites: Sites) -> FunctionalModel:
 
     Cost: the forward pass.
 
-    >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()))
-    >>> g = perturb(f, "1")
-    >>> torch.func.grad(lambda d: g(params, torch.ones(1, 3), {"1": d}).sum())(torch.zeros(1, 2))
-    tensor([[1., 1.]])
+    Examples:
+        >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()))
+        >>> g = perturb(f, "1")
+        >>> torch.func.grad(lambda d: g(params, torch.ones(1, 3), {"1": d}).sum())(torch.zeros(1, 2))
+        tensor([[1., 1.]])
     """
     require_sites(f)
     return Perturb(f, exact_wants(f, sites, "perturb"))
@@ -71,7 +72,7 @@ class _EditCotangent(torch.autograd.Function):
         ctx.edit = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, cotangent: Tensor) -> tuple:
         return ctx.edit(cotangent), None
 
 
@@ -79,7 +80,7 @@ class _EditCotangentEager(_EditCotangent):
     """Dynamo cannot trace a Function with a jvp, so forward-mode derivatives (tangents pass unchanged) are eager only."""
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
         return tangent.view_as(tangent)
 
 
@@ -123,10 +124,11 @@ def edit_gradient(f: FunctionalModel, edits: Mapping[Any, Callable[[Tensor], Ten
 
     Cost: the forward pass.
 
-    >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Identity()))
-    >>> g = edit_gradient(f, {"0": lambda cotangent: cotangent * 10})
-    >>> torch.func.grad(lambda x: g(params, x).sum())(torch.ones(2))
-    tensor([10., 10.])
+    Examples:
+        >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Identity()))
+        >>> g = edit_gradient(f, {"0": lambda cotangent: cotangent * 10})
+        >>> torch.func.grad(lambda x: g(params, x).sum())(torch.ones(2))
+        tensor([10., 10.])
     """
     require_sites(f)
     table = by_want(f, edits, "edits")
@@ -161,9 +163,10 @@ def freeze(f: FunctionalModel, sites: Sites) -> FunctionalModel:
 
     Cost: the forward pass.
 
-    >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Identity()))
-    >>> torch.func.grad(lambda x: freeze(f, "0")(params, x).sum())(torch.ones(2))
-    tensor([0., 0.])
+    Examples:
+        >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Identity()))
+        >>> torch.func.grad(lambda x: freeze(f, "0")(params, x).sum())(torch.ones(2))
+        tensor([0., 0.])
     """
     require_sites(f)
     return Freeze(f, resolve(f, sites))

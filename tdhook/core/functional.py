@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from . import structure
 from .compat import is_compiling
@@ -96,7 +96,9 @@ class Functional(FunctionalModel):
 
     def _run(self, params: Any, inputs: Any, extra: tuple, execution: Execution) -> Any:
         if extra:
-            raise InputError(f"f(params, inputs) takes two arguments, got {len(extra)} more; only perturb and start_from add one.")
+            raise InputError(
+                f"f(params, inputs) takes two arguments, got {len(extra)} more; only perturb and start_from add one."
+            )
         if not isinstance(params, (TensorDictBase, Mapping)):
             raise InputError(f"params is a TensorDict as functionalize returns it, got {structure.describe(params)}.")
         args, kwargs = self._arguments(inputs)
@@ -156,6 +158,11 @@ class Blueprint:
         twins.append(Twin(self.template.root, self.tensor_names))
         return twins[-1]
 
+    def writes(self) -> int:
+        """How many attributes the runs that are at work in this thread have set so far."""
+        twins = (self.template,) if is_compiling() else self._threads.__dict__.get("twins", ())
+        return sum(len(twin.cell.written or ()) for twin in twins)
+
     def __reduce__(self) -> tuple:
         skeleton = copy_tree(self.template.root, eager_class)[self.template.root]
         return Blueprint, (skeleton, self.tensor_names)
@@ -182,11 +189,12 @@ def functionalize(model: nn.Module, **constants: Any) -> tuple[Functional, Tenso
 
     Cost: no forward pass and no copy of a parameter. A call of `f` costs one forward pass, and one copy of each buffer.
 
-    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU())
-    >>> f, params = functionalize(model)
-    >>> x = torch.randn(5, 3)
-    >>> torch.equal(f(params, x), model(x))
-    True
+    Examples:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU())
+        >>> f, params = functionalize(model)
+        >>> x = torch.randn(5, 3)
+        >>> torch.equal(f(params, x), model(x))
+        True
     """
     module = _unwrap(model)
     names, tensors = _named_tensors(module)
@@ -211,13 +219,13 @@ def _unwrap(model: Any) -> nn.Module:
         if type(module).__name__ == "FullyShardedDataParallel":
             raise ModelError(f"{at} is FSDP-sharded, so its parameters are not whole; pass the unsharded module.")
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if isinstance(tensor, UninitializedTensorMixin):
+            if is_lazy(tensor):
                 raise ModelError(f"{at} has a lazy parameter {name!r}; run the model once before functionalize.")
     return model
 
 
 def _named_tensors(module: nn.Module) -> tuple[dict[tuple, list], dict[tuple, Tensor]]:
-    """The tensors of a module by their first name, and for each name all places (module path, table, attribute) that hold it."""
+    """For each tensor of a module its first name: all places that hold it (module path, table, attribute), and the tensor."""
     first: dict[int, tuple[str, ...]] = {}
     owners: dict[tuple[str, ...], list] = {}
     tensors: dict[tuple[str, ...], Tensor] = {}

@@ -20,8 +20,9 @@ _COMMUTING = {"radd": "add", "rmul": "mul", "rand": "and", "ror": "or", "rxor": 
 def operation_name(function: Callable) -> str:
     """One name for all spellings of an operation: `x + y`, `x += y`, `torch.add` and `Tensor.add_` are all `add`.
 
-    >>> operation_name(torch.Tensor.__iadd__), operation_name(torch.relu_), operation_name(torch.Tensor.__getitem__)
-    ('add', 'relu', 'getitem')
+    Examples:
+        >>> operation_name(torch.Tensor.__iadd__), operation_name(torch.relu_), operation_name(torch.Tensor.__getitem__)
+        ('add', 'relu', 'getitem')
     """
     name = getattr(function, "__name__", type(function).__name__)
     if name.startswith("__") and name.endswith("__"):
@@ -38,8 +39,9 @@ def operation_name(function: Callable) -> str:
 def is_in_place(function: Callable) -> bool:
     """Whether an operation overwrites its first argument and returns it.
 
-    >>> is_in_place(torch.Tensor.__iadd__), is_in_place(torch.relu_), is_in_place(torch.Tensor.__invert__)
-    (True, True, False)
+    Examples:
+        >>> is_in_place(torch.Tensor.__iadd__), is_in_place(torch.relu_), is_in_place(torch.Tensor.__invert__)
+        (True, True, False)
     """
     name = getattr(function, "__name__", "")
     augmented = name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}")
@@ -60,5 +62,3 @@ class OperationMode(TorchFunctionMode):
             return func(*args, **kwargs)
         in_place = is_in_place(func) or bool(kwargs.get("inplace"))
         return self.frame.call_operation(name, func, in_place, args, kwargs)
-
-

@@ -70,14 +70,16 @@ def capture(f: FunctionalModel, sites: Sites) -> FunctionalModel:
         for. The values carry gradients like any output of `g`, and are not changed by what the model does later in place.
 
     Raises:
-        SiteError: a site is unknown (at once), or is not reached, not a tensor, or called more often than addressed (in the call).
+        SiteError: a site is unknown (at once), or it is not reached, not a tensor, or called more often than the address says
+            (in the call).
 
     Cost: the forward pass and a copy of each value.
 
-    >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()))
-    >>> output, values = capture(f, ["0", "1:in"])(params, torch.ones(1, 3))
-    >>> list(values.keys()), torch.equal(values["0"], values["1:in"])
-    (['0', '1:in'], True)
+    Examples:
+        >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()))
+        >>> output, values = capture(f, ["0", "1:in"])(params, torch.ones(1, 3))
+        >>> list(values.keys()), torch.equal(values["0"], values["1:in"])
+        (['0', '1:in'], True)
     """
     require_sites(f)
     return Capture(f, resolve(f, sites))
@@ -124,9 +126,10 @@ def stop_at(f: FunctionalModel, sites: Sites) -> FunctionalModel:
 
     Cost: the part of the forward pass before the (last) site.
 
-    >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()))
-    >>> stop_at(f, "0")(params, torch.ones(1, 3)).shape
-    torch.Size([1, 2])
+    Examples:
+        >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()))
+        >>> stop_at(f, "0")(params, torch.ones(1, 3)).shape
+        torch.Size([1, 2])
     """
     require_sites(f)
     wants = exact_wants(f, sites, "stop_at")

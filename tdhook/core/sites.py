@@ -4,12 +4,13 @@
     path  := component ("." component | "[" int, slice or "quoted name" "]")*
     port  := ("out" | "in") ("[" int, name or "quoted name" "]")*
 
->>> Site.parse("h[3].mlp:out")
-Site('h.3.mlp')
->>> Site.parse("lstm:out[1][0]").keys
-(1, 0)
->>> Site.parse("h.0.attn/softmax@2:in").call
-2
+Examples:
+    >>> Site.parse("h[3].mlp:out")
+    Site('h.3.mlp')
+    >>> Site.parse("lstm:out[1][0]").keys
+    (1, 0)
+    >>> Site.parse("h.0.attn/softmax@2:in").call
+    2
 
 A path that holds `*` (anything inside one component), `**` (any depth), a slice or a negative index is a pattern. `Tree`
 knows the module paths of one model and resolves addresses and patterns against them.
@@ -37,9 +38,7 @@ _TOKEN = re.compile(
 )
 _PATH_END = re.compile(r"""(?:[^"/@:\[]|\["(?:[^"\\]|\\["\\])*"\]|\[[^"\]]*\])*""")
 _KEY = re.compile(r"""\[(?:(?P<index>-?\d{1,9})|"(?P<quoted>(?:[^"\\]|\\["\\])*)"|(?P<name>[^\[\]"]+))\]""")
-_TAIL = re.compile(
-    r"(?:/(?P<op>[A-Za-z_]\w*|\*))?(?:@(?P<call>\d{1,9}|\*))?(?::(?P<port>in|out)(?P<keys>.*))?\Z", re.DOTALL
-)
+_TAIL = re.compile(r"(?:/(?P<op>[A-Za-z_]\w*|\*))?(?:@(?P<call>\d{1,9}|\*))?(?::(?P<port>in|out)(?P<keys>.*))?\Z", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Glob:
         return self.value
 
 
-Component = Union[str, Index, Slice, Glob]
+Component = str | Index | Slice | Glob
 
 
 @dataclass(frozen=True, repr=False)
@@ -196,8 +195,9 @@ def _unescape(quoted: str) -> str:
 def join_path(components: Iterable[Component]) -> str:
     """The canonical spelling of a path.
 
-    >>> join_path(("h", "3", "odd name"))
-    'h.3["odd name"]'
+    Examples:
+        >>> join_path(("h", "3", "odd name"))
+        'h.3["odd name"]'
     """
     text = ""
     for component in components:

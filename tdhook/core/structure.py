@@ -1,4 +1,4 @@
-"""Structured values: tensors inside tuples, mappings, dataclasses and TensorDicts, addressed by keys, never written in place."""
+"""Structured values: tensors inside tuples, mappings, dataclasses and TensorDicts, addressed by keys, not written in place."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tensordict import TensorDictBase, is_tensor_collection
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from .compat import is_compiling
 
 
 def get(value: Any, key: int | str) -> Any:
@@ -56,13 +58,11 @@ def put(value: Any, key: int | str, new: Any) -> Any:
         edited[key] = new  # type: ignore[index]
         return edited
     if isinstance(value, (tuple, list)):
-        if hasattr(value, "_fields"):
-            name = key if isinstance(key, str) else value._fields[key]
-            return value._replace(**{name: new})
         items = list(value)
-        items[key] = new  # type: ignore[index]
-        return type(value)(items)
-    if dataclasses.is_dataclass(value):
+        fields = getattr(value, "_fields", None)
+        items[fields.index(key) if fields and isinstance(key, str) else int(key)] = new
+        return type(value)(*items) if fields else type(value)(items)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.replace(value, **{str(key): new})
     edited = copy.copy(value)
     setattr(edited, str(key), new)
@@ -89,6 +89,20 @@ def tensors(value: Any, keys: tuple = ()) -> Iterator[tuple[tuple, Tensor]]:
         yield from tensors(element, (*keys, key))
 
 
+def reachable_tensors(value: Any, depth: int = 4) -> Iterator[Tensor]:
+    """Every tensor in a value, also inside objects that are no containers (a key-value cache, say)."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, TensorDictBase)):
+        for element in value.values():
+            yield from reachable_tensors(element, depth)
+    elif isinstance(value, (tuple, list, set)):
+        for element in value:
+            yield from reachable_tensors(element, depth)
+    elif depth and hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
+        yield from reachable_tensors(vars(value), depth - 1)
+
+
 def describe(value: Any) -> str:
     """What a value is, in a few words for an error message."""
     if isinstance(value, Tensor):
@@ -105,7 +119,7 @@ def fresh(inputs: Any) -> Any:
 
     def copy_once(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
-            return leaf
+            return _fresh_object(leaf)
         for original, copied in seen:
             if original is leaf:
                 return copied
@@ -115,8 +129,9 @@ def fresh(inputs: Any) -> Any:
     return copy_once(inputs) if isinstance(inputs, Tensor) else pytree.tree_map(copy_once, inputs)
 
 
-def is_moving(leaf: Any) -> bool:
-    """Whether a leaf of the inputs takes part in derivatives: a floating-point or complex tensor."""
-    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-
-
+def _fresh_object(leaf: Any) -> Any:
+    """A copy of an object that holds tensors (a key-value cache, which the model would write into), else the object itself."""
+    if is_compiling() or not hasattr(leaf, "__dict__") or isinstance(leaf, (type, nn.Module)):
+        return leaf
+    copies = {id(tensor): tensor.clone() for tensor in reachable_tensors(leaf)}
+    return copy.deepcopy(leaf, copies) if copies else leaf

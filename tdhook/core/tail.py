@@ -1,8 +1,8 @@
 """The tail of a model: `start_from`, which gives the values at sites and runs only what they do not make superfluous.
 
-What may be left out is a question of data flow, not of order: a rotary table or a skip connection computed before the site may be
-needed after it. One run on fake tensors records, for every operation, the storages that it reads and writes and the module calls
-around it. Walking back from the outputs gives what is live; module calls without a live operation are then replaced by
+What may be left out is a question of data flow, not of order: a rotary table or a skip connection computed before the site may
+be needed after it. One run on fake tensors records, for every operation, the storages that it reads and writes and the module
+calls around it. Walking back from the outputs gives what is live; module calls without a live operation are then replaced by
 placeholders of NaN, which would show in the result if the analysis were wrong.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .compat import is_compiling
@@ -20,8 +21,8 @@ from .errors import InputError
 from .functional import Execution, FunctionalModel
 from .scope import Handler, Observer
 from .sites import Site, Want
-from .structure import describe, pytree
-from .tracing import reachable_tensors, run_abstract
+from .structure import describe, reachable_tensors
+from .tracing import run_abstract
 from .transforms import Sites, Transform, exact_wants, require_sites, take, values_at
 from .writing import Writer
 
@@ -40,20 +41,14 @@ class Effects:
     def __init__(self, f: FunctionalModel, arguments: Any):
         self.f, self.arguments = f, arguments
         self.leaves = pytree.tree_leaves(arguments)
-        self.attributes_set = _attributes_set(f)
+        self.attributes_set = f.base.blueprint.writes()
 
     def none(self, output: Any) -> bool:
         """Whether the call, which returned `output`, had no effect that data flow does not show."""
         after = pytree.tree_leaves(self.arguments)
         unchanged = len(after) == len(self.leaves) and all(new is old for new, old in zip(after, self.leaves))
-        unchanged = unchanged and _attributes_set(self.f) == self.attributes_set
+        unchanged = unchanged and self.f.base.blueprint.writes() == self.attributes_set
         return unchanged and is_plain(self.leaves) and is_plain(output)
-
-
-def _attributes_set(f: FunctionalModel) -> int:
-    """How many attributes of modules the runs at work in this thread have set."""
-    twins = getattr(f.base.blueprint._threads, "twins", ())
-    return sum(len(twin.cell.written or ()) for twin in twins)
 
 
 @dataclass
@@ -224,9 +219,7 @@ class StartFrom(Transform):
             while len(cache) >= 64:
                 cache.pop(next(iter(cache)))
             cache[key] = left_out
-        return {
-            call: pytree.tree_map_only(_Placeholder, _Placeholder.make, output) for call, output in cache[key].items()
-        }
+        return {call: pytree.tree_map_only(_Placeholder, _Placeholder.make, output) for call, output in cache[key].items()}
 
 
 def inner_wants(f: FunctionalModel) -> tuple[Want, ...]:
@@ -272,11 +265,13 @@ def start_from(f: FunctionalModel, sites: Sites) -> FunctionalModel:
         SiteError: as `intervene`, a pattern, a value that is missing.
 
     Cost: the part of the forward pass that the output still needs, at the grain of module calls. The first call with new shapes
-    adds one run on fake tensors; a model whose control flow depends on values runs whole. Compiled, the compiler drops the rest.
+    adds one run on fake tensors; a model whose control flow depends on values runs whole. Compiled, the compiler drops what is
+    not needed.
 
-    >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()))
-    >>> start_from(f, "0")(params, torch.ones(1, 3), torch.tensor([[-1.0, 2.0]]))
-    tensor([[0., 2.]])
+    Examples:
+        >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()))
+        >>> start_from(f, "0")(params, torch.ones(1, 3), torch.tensor([[-1.0, 2.0]]))
+        tensor([[0., 2.]])
     """
     require_sites(f)
     return StartFrom(f, exact_wants(f, sites, "start_from"), isinstance(sites, (str, Site)))

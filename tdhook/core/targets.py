@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from . import structure
 from .compat import is_compiling
 from .errors import TargetError
 
-Targets = Union[None, int, Sequence[int | Callable[[Any], Tensor]], Callable[[Any], Tensor]]
+Targets = None | int | Sequence[int | Callable[[Any], Tensor]] | Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,9 @@ def _at_position(output: Tensor, position: int | Tensor) -> Tensor:
         raise TargetError(f"position={position!r} needs an output of shape [B, L, C], got {list(output.shape)}.")
     if isinstance(position, Tensor) and position.ndim == 1:
         if output.ndim != 3 or len(position) != len(output):
-            raise TargetError(f"position has {len(position)} entries for an output of shape {list(output.shape)}; give one per example.")
+            raise TargetError(
+                f"position has {len(position)} entries for an output of shape {list(output.shape)}; give one per example."
+            )
         return output[torch.arange(len(output), device=output.device), position]
     length = output.shape[-2]
     if isinstance(position, int) and not -length <= position < length:
@@ -173,7 +175,9 @@ def check(targets: Targets) -> None:
                 _require_int("an element of targets", target)
         return
     if not isinstance(targets, int) or isinstance(targets, bool):
-        raise TargetError(f"targets is None, an int, a sequence or a function of the output, got {structure.describe(targets)}.")
+        raise TargetError(
+            f"targets is None, an int, a sequence or a function of the output, got {structure.describe(targets)}."
+        )
 
 
 def select(targets: Targets, output: Any) -> tuple[Tensor, bool]:
@@ -181,8 +185,8 @@ def select(targets: Targets, output: Any) -> tuple[Tensor, bool]:
     if targets is None:
         if not isinstance(output, Tensor) or output.ndim > 1:
             raise TargetError(
-                f"targets is None, which needs an output of one scalar per example, but the output is {structure.describe(output)}; "
-                "pass targets=..., such as a class index."
+                "targets is None, which needs an output of one scalar per example, but the output is "
+                f"{structure.describe(output)}; pass targets=..., such as a class index."
             )
         values, plural = output, False
     elif isinstance(targets, int):

@@ -5,25 +5,25 @@ from __future__ import annotations
 import copy
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
     UnsupportedOperatorException,
 )
+from torch.utils import _pytree as pytree
 
 from .errors import ModelError, SiteError, TdhookError, did_you_mean
 from .functional import Execution, FunctionalModel
 from .scope import Observer
 from .sites import Site, SiteLike, Tree
-from .structure import pytree, tensors
+from .structure import reachable_tensors, tensors
 from .transforms import require_sites
 
 _VALUE_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
@@ -64,7 +64,7 @@ class Trace:
     def select(self, pattern: SiteLike) -> list[str]:
         """The sites that match. A string without an operation matches modules, one with `/op` matches operations.
 
-        Raises `SiteError` for a module that is not in the trace, and for `:in`: a trace lists what modules and operations return.
+        Raises `SiteError` for a module that is not in the trace, and for `:in`: a trace lists what is returned.
         """
         if isinstance(pattern, re.Pattern):
             return [site for site in self.sites if pattern.fullmatch(site)]
@@ -73,7 +73,8 @@ class Trace:
         wanted = pattern if isinstance(pattern, Site) else Site.parse(pattern)
         if wanted.port == "in":
             raise SiteError(f"a trace lists outputs, not {str(wanted)!r}; an input is the output of an earlier row.")
-        modules = Tree(tuple(dict.fromkeys(Site.parse(site).path for site in self.sites)))  # type: ignore[arg-type]
+        every: Any = dict.fromkeys(Site.parse(site).path for site in self.sites)
+        modules = Tree(tuple(every))
         paths = {want.site.path for want in modules.resolve(wanted)}
         found = []
         for text in self.sites:
@@ -114,15 +115,14 @@ class _Tracer(Observer):
     def __init__(self, operations: bool):
         self.operations = operations
         self.found: list[tuple[tuple[str, str | None, int], str, Any]] = []
-        self.kinds: dict[str, str] = {}
+        self.places: dict[tuple[str, int], int] = {}
 
     def enter(self, path: str, call: int, args: tuple, kwargs: dict) -> None:
+        self.places[path, call] = len(self.found)
         self.found.append(((path, None, call), "", None))
 
     def leave(self, path: str, call: int, args: tuple, kwargs: dict, output: Any) -> None:
-        key = (path, None, call)
-        place = next(i for i, (k, _, _) in enumerate(self.found) if k == key)
-        self.found[place] = (key, "", _shapes(output))
+        self.found[self.places[path, call]] = ((path, None, call), "", _shapes(output))
 
     def operation(self, path: str, op: str, call: int, args: tuple, kwargs: dict, output: Any) -> None:
         self.found.append(((path, op, call), "operation", _shapes(output)))
@@ -136,8 +136,10 @@ def trace(f: FunctionalModel, params: Any, inputs: Any, *extra: Any, operations:
     """Lists every site that the model reaches with inputs of these shapes.
 
     Args:
-        f: functional model; *extra are the further arguments it takes, if any.
-        params, inputs: as `f` takes them; only shapes, dtypes and devices matter.
+        f: functional model.
+        params: its parameters; only shapes, dtypes and devices matter, here and in what follows.
+        inputs: as `f` takes them.
+        *extra: the further arguments of `f`, if it takes any.
         operations: list operation sites too.
 
     Returns:
@@ -145,13 +147,14 @@ def trace(f: FunctionalModel, params: Any, inputs: Any, *extra: Any, operations:
 
     Cost: one run on fake tensors, which computes nothing. A model whose control flow depends on values is run for real.
 
-    >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()))
-    >>> print(trace(f, params, torch.ones(1, 3)))
-    :out        Sequential  float32[1, 2]
-      0         Linear      float32[1, 2]
-        0/linear  operation   float32[1, 2]
-      1         ReLU        float32[1, 2]
-        1/relu    operation   float32[1, 2]
+    Examples:
+        >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()))
+        >>> print(trace(f, params, torch.ones(1, 3)))
+        :out        Sequential  float32[1, 2]
+          0         Linear      float32[1, 2]
+            0/linear  operation   float32[1, 2]
+          1         ReLU        float32[1, 2]
+            1/relu    operation   float32[1, 2]
     """
     require_sites(f)
 
@@ -207,26 +210,14 @@ def _run_abstract_or_real(run: Callable, *arguments: Any) -> Any:
 
             return _in_thread(real)
         if isinstance(error, _VALUE_DEPENDENT):
-            raise ModelError(f"the control flow of the model depends on values, which a transform hides here: {error}") from error
+            raise ModelError(
+                f"the control flow of the model depends on values, which a transform hides here: {error}"
+            ) from error
         raise
 
 
 def _is_hidden(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(leaf)
-
-
-def reachable_tensors(value: Any, depth: int = 4) -> Iterator[Tensor]:
-    """Every tensor in a value, also inside objects that are no containers (a key-value cache, say)."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (Mapping, TensorDictBase)):
-        for element in value.values():
-            yield from reachable_tensors(element, depth)
-    elif isinstance(value, (tuple, list, set)):
-        for element in value:
-            yield from reachable_tensors(element, depth)
-    elif depth and hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
-        yield from reachable_tensors(vars(value), depth - 1)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -30,7 +30,7 @@ from .scope import Handler
 from .sites import Site, SiteLike, Tree, Want
 from .structure import describe
 
-Sites = Union[SiteLike, Sequence[SiteLike]]
+Sites = SiteLike | Sequence[SiteLike]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -79,9 +79,10 @@ def _resolve(tree: Tree, sites: Sites) -> tuple[Want, ...]:
 def expand(f: FunctionalModel, sites: Sites) -> list[str]:
     """The canonical addresses that `sites` mean in a model, in registration order.
 
-    >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()))
-    >>> expand(f, "*:in")
-    ['0:in', '1:in']
+    Examples:
+        >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()))
+        >>> expand(f, "*:in")
+        ['0:in', '1:in']
     """
     require_sites(f)
     return [str(want.site) for want in resolve(f, sites)]

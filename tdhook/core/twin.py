@@ -13,7 +13,7 @@ import inspect
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 from tensordict import TensorDictBase
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class _Absent:
     """The value of an attribute that is not there."""
 
 
-Undo = list[tuple[Union[nn.Module, dict], str, Any]]  # (module or one of its tables, name, value before)
+Undo = list[tuple[nn.Module | dict, str, Any]]  # (module or one of its tables, name, value before)
 
 
 class Cell:
@@ -47,7 +47,7 @@ class Registered:
     key: tuple[str, ...]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def twin_class(cls: type, patched: bool) -> type:
     """The subclass of `cls` that reports. `patched`: the instance carries a `forward` of its own, which then is called."""
     original: Any = cls.forward  # type: ignore[attr-defined]
@@ -76,7 +76,8 @@ def twin_class(cls: type, patched: bool) -> type:
         "__qualname__": cls.__qualname__,
         "_tdhook_base": cls,
     }
-    return type(cls)(cls.__name__, (cls,), members)
+    metaclass: Any = type(cls)
+    return metaclass(cls.__name__, (cls,), members)
 
 
 def _before(module: nn.Module, name: str) -> tuple[nn.Module | dict, str, Any]:
@@ -96,7 +97,7 @@ def _take_back(written: Undo) -> None:
             delattr(place, name)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def argument_names(cls: type) -> tuple[str, ...]:
     """Names of the parameters of `cls.forward` that can be passed by position."""
     try:
@@ -206,7 +207,7 @@ def _remap_closure(function: types.FunctionType, copies: dict[nn.Module, nn.Modu
 
 
 def map_containers(value: Any, function: Callable[[Any], Any], memo: dict[int, Any]) -> Any:
-    """`value` with its lists, dicts, sets and tuples copied and `function` applied to what they hold; shared ones stay shared."""
+    """`value` with its lists, dicts, sets and tuples copied, `function` applied to what they hold; shared ones stay shared."""
     kind: Any = type(value)
     if not (isinstance(value, dict) or kind in (list, tuple, set)):
         return value
@@ -397,5 +398,3 @@ def _switch_off_fast_path(module: nn.Module) -> None:
         module.__dict__["activation_relu_or_gelu"] = 0
     elif isinstance(module, nn.TransformerEncoder):
         module.__dict__["use_nested_tensor"] = module.__dict__["enable_nested_tensor"] = False
-
-

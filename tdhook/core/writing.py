@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -17,7 +17,7 @@ from .sites import Site, Want
 from .structure import describe
 from .transforms import Transform, by_want, fitting, require_sites
 
-Write = Union[Tensor, int, float, complex, bool, Callable[[Tensor], Tensor]]
+Write = Tensor | int | float | complex | bool | Callable[[Tensor], Tensor]
 
 
 class Writer(Handler):
@@ -77,15 +77,18 @@ def intervene(f: FunctionalModel, writes: Mapping[Any, Write] | TensorDictBase) 
 
     Cost: the forward pass.
 
-    >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()))
-    >>> intervene(f, {"0": 7.0})(params, torch.ones(1, 3))
-    tensor([[7., 7.]])
-    >>> intervene(f, {"1": lambda value: value * 0})(params, torch.ones(1, 3))
-    tensor([[0., 0.]])
+    Examples:
+        >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()))
+        >>> intervene(f, {"0": 7.0})(params, torch.ones(1, 3))
+        tensor([[7., 7.]])
+        >>> intervene(f, {"1": lambda value: value * 0})(params, torch.ones(1, 3))
+        tensor([[0., 0.]])
     """
     require_sites(f)
     table = by_want(f, writes, "writes")
     for want, write in table.items():
         if not (isinstance(write, (Tensor, bool, int, float, complex)) or callable(write)):
-            raise InputError(f"writes[{want.request!r}] is {describe(write)}; give a tensor, a number or a function of the value.")
+            raise InputError(
+                f"writes[{want.request!r}] is {describe(write)}; give a tensor, a number or a function of the value."
+            )
     return Intervene(f, tuple(table), table)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tensordict import tensorclass
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..core.batching import vmap_or_loop
 from ..core.checks import require_positive, warn_if_stochastic
@@ -18,7 +19,7 @@ from ..core.progress import Progress
 from ..core.reading import Capture
 from ..core.replay import Tape
 from ..core.sites import Tree, Want
-from ..core.structure import describe, pytree
+from ..core.structure import describe
 from ..core.transforms import Sites, require_sites
 
 DIRECTIONS = ("denoise", "noise")
@@ -84,22 +85,26 @@ def activation_patching(
 
     Cost: two forward passes, and for each site one vmapped pass over its positions that runs only what lies after the site: for
     L layers about L/2 layers per patch. A patch that would write what is already there (tokens before the first difference in a
-    causal model) is not run, except where derivatives, vmap or compilation are at work. A model that vmap cannot take (one that writes into a
-    tensor of its own in place, say) runs once per patch.
+    causal model) is not run, except where derivatives, vmap or compilation are at work. A model that vmap cannot take (one that
+    writes into a tensor of its own in place, say) runs once per patch, with a warning. For a language model and a metric of the
+    last position, `functionalize(model, use_cache=False, logits_to_keep=1)` saves the unembedding of the others.
 
     Source: Vig et al., "Investigating Gender Bias in Language Models Using Causal Mediation Analysis" (2020); Meng et al.,
-    "Locating and Editing Factual Associations in GPT" (2022); for the directions Heimersheim and Nanda, "How to use and interpret
-    activation patching" (2024).
+    "Locating and Editing Factual Associations in GPT" (2022); for the directions Heimersheim and Nanda, "How to use and
+    interpret activation patching" (2024).
 
-    >>> model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Flatten(), torch.nn.Linear(3, 1, bias=False))
-    >>> f, params = tdhook.functionalize(model)
-    >>> result = activation_patching(f, params, torch.ones(1, 3), torch.zeros(1, 3), lambda out: out.sum(), sites="0")
-    >>> torch.allclose(result.patched[0], params["2", "weight"][0])
-    True
+    Examples:
+        >>> model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Flatten(), torch.nn.Linear(3, 1, bias=False))
+        >>> f, params = tdhook.functionalize(model)
+        >>> result = activation_patching(f, params, torch.ones(1, 3), torch.zeros(1, 3), lambda out: out.sum(), sites="0")
+        >>> torch.allclose(result.patched[0], params["2", "weight"][0])
+        True
     """
     require_sites(f)
     if direction not in DIRECTIONS:
-        raise InputError(f"direction={direction!r} is unknown; choose 'denoise' (clean into corrupted) or 'noise' (the reverse).")
+        raise InputError(
+            f"direction={direction!r} is unknown; choose 'denoise' (clean into corrupted) or 'noise' (the reverse)."
+        )
     require_positive("chunk_size", chunk_size, optional=True)
     _require_aligned(clean, corrupted)
     warn_if_stochastic(f, "activation_patching")
@@ -112,7 +117,9 @@ def activation_patching(
     base_metric = _measured(metric, base.output)
     places = [_places(want, base.values[want], positions, axis) for want in wants]
     if len({len(p) for p in places}) > 1:
-        raise InputError("positions=None needs the same length along axis at all sites; give positions, or call once per group.")
+        raise InputError(
+            "positions=None needs the same length along axis at all sites; give positions, or call once per group."
+        )
 
     if progress is not None:
         progress(0, len(wants))
@@ -122,7 +129,8 @@ def activation_patching(
         if progress is not None:
             progress(done, len(wants))
     clean_metric, corrupted_metric = (source_metric, base_metric) if direction == "denoise" else (base_metric, source_metric)
-    return Patching(patched=torch.stack(rows), clean=clean_metric, corrupted=corrupted_metric, batch_size=[])
+    patched = torch.stack(rows)
+    return Patching(patched=patched, clean=clean_metric, corrupted=corrupted_metric, batch_size=[])  # type: ignore[call-arg]
 
 
 @torch.compiler.assume_constant_result
@@ -138,12 +146,14 @@ def _one_value_each(tree: Tree, sites: Sites) -> tuple[Want, ...]:
 def _require_aligned(clean: Any, corrupted: Any) -> None:
     first, second = pytree.tree_leaves(clean), pytree.tree_leaves(corrupted)
     if len(first) != len(second):
-        raise InputError(f"clean is {describe(clean)} but corrupted is {describe(corrupted)}; give inputs of the same structure.")
+        raise InputError(
+            f"clean is {describe(clean)} but corrupted is {describe(corrupted)}; give inputs of the same structure."
+        )
     for a, b in zip(first, second):
         if isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape != b.shape or a.dtype != b.dtype):
             raise InputError(
-                f"clean holds {describe(a)} but corrupted {describe(b)}; patching needs aligned inputs, token by token, so choose "
-                "prompts of the same length."
+                f"clean holds {describe(a)} but corrupted {describe(b)}; patching needs aligned inputs, token by token, so "
+                "choose prompts of the same length."
             )
 
 

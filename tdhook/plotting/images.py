@@ -48,9 +48,10 @@ def heat_map_over_image(
         InputError: shapes that do not fit each other, NaN, an image out of range, a bad percentile or smoothing.
         ImportError: matplotlib is not installed.
 
-    >>> figure = heat_map_over_image(torch.rand(8, 8, 3), torch.randn(1, 3, 8, 8), title="cat")
-    >>> figure.axes[0].get_title(), len(figure.axes)
-    ('cat', 2)
+    Examples:
+        >>> figure = heat_map_over_image(torch.rand(8, 8, 3), torch.randn(1, 3, 8, 8), title="cat")
+        >>> figure.axes[0].get_title(), len(figure.axes)
+        ('cat', 2)
     """
     attributions = as_array("attribution", attribution)[None]
     return _pictures(image, attributions, "attribution", [title], 1, percentile, smoothing, colors, photograph=False)
@@ -85,9 +86,10 @@ def heat_maps_over_image(
             percentile, smoothing or number of columns.
         ImportError: matplotlib is not installed.
 
-    >>> figure = heat_maps_over_image(torch.rand(8, 8, 3), torch.randn(2, 3, 8, 8), titles=["cat", "dog"])
-    >>> list(axes.get_title() for axes in figure.axes[:3])
-    ['photograph', 'cat', 'dog']
+    Examples:
+        >>> figure = heat_maps_over_image(torch.rand(8, 8, 3), torch.randn(2, 3, 8, 8), titles=["cat", "dog"])
+        >>> list(axes.get_title() for axes in figure.axes[:3])
+        ['photograph', 'cat', 'dog']
     """
     array = as_array("attributions", attributions)
     count = len(array) if array.ndim else 0
@@ -144,9 +146,7 @@ def _pictures(
 
     # of its own mappable: the bar of a picture with opacities would be transparent too
     bar = ScalarMappable(norm=drawn.norm, cmap=colors)  # type: ignore[union-attr]
-    figure.colorbar(
-        bar, ax=places, label="attribution (sum over channels)", extend="both" if percentile < 100 else "neither"
-    )
+    figure.colorbar(bar, ax=places, label="attribution (sum over channels)", extend="both" if percentile < 100 else "neither")
     return figure
 
 

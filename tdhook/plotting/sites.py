@@ -51,11 +51,12 @@ def site_position_map(
         InputError: values of another shape than sites and tokens, NaN, limits that are not ascending, a bad percentile.
         ImportError: matplotlib is not installed.
 
-    >>> import torch
-    >>> figure = site_position_map(torch.randn(2, 3), ["h.0.mlp", "h.1.mlp"], ["I", " am", " here"], label="effect")
-    >>> axes, bar = figure.axes
-    >>> [text.get_text() for text in axes.get_xticklabels()], axes.get_ylabel(), bar.get_ylabel()
-    (['I', '␣am', '␣here'], 'h.*.mlp', 'effect')
+    Examples:
+        >>> import torch
+        >>> figure = site_position_map(torch.randn(2, 3), ["h.0.mlp", "h.1.mlp"], ["I", " am", " here"], label="effect")
+        >>> axes, bar = figure.axes
+        >>> [text.get_text() for text in axes.get_xticklabels()], axes.get_ylabel(), bar.get_ylabel()
+        (['I', '␣am', '␣here'], 'h.*.mlp', 'effect')
     """
     panels = {title: (values, sites)}
     return site_position_maps(panels, tokens, label=label, limits=limits, percentile=percentile, colors=colors)
@@ -91,10 +92,11 @@ def site_position_maps(
             percentile.
         ImportError: matplotlib is not installed.
 
-    >>> import torch
-    >>> panels = {"attention": (torch.zeros(1, 2), ["h.0.attn"]), "MLP": (torch.ones(1, 2), ["h.0.mlp"])}
-    >>> len(site_position_maps(panels, ["a", "b"]).axes)
-    3
+    Examples:
+        >>> import torch
+        >>> panels = {"attention": (torch.zeros(1, 2), ["h.0.attn"]), "MLP": (torch.ones(1, 2), ["h.0.mlp"])}
+        >>> len(site_position_maps(panels, ["a", "b"]).axes)
+        3
     """
     require_percentile(percentile)
     tokens = list(tokens)
@@ -162,8 +164,9 @@ def _label_sites(axes: Axes, sites: list[Any]) -> None:
 def _abbreviated(sites: list[str]) -> tuple[str, list[str]]:
     """The pattern of sites that differ in one component, and that component of each; else "site" and the sites.
 
-    >>> _abbreviated(["h.0.mlp:in", "h.1.mlp:in"])
-    ('h.*.mlp:in', ['0', '1'])
+    Examples:
+        >>> _abbreviated(["h.0.mlp:in", "h.1.mlp:in"])
+        ('h.*.mlp:in', ['0', '1'])
     """
     split = [site.split(".") for site in sites]
     if len(split) > 1 and len({len(parts) for parts in split}) == 1:

@@ -33,9 +33,7 @@ def mlp(*widths, act=nn.Tanh, seed=0):
 
 def cnn():
     torch.manual_seed(1)
-    model = nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.MaxPool2d(2), nn.Flatten(-3), nn.Linear(36, 5)
-    )
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.MaxPool2d(2), nn.Flatten(-3), nn.Linear(36, 5))
     return model.double().eval()
 
 
@@ -248,7 +246,9 @@ def test_several_inputs_equal_captum():
         CLOSE(n, g)
     assert named["scale"] is None
     inputs = TensorDict({"a": a, "b": b, "scale": scale}, [3])
-    packed = integrated_gradients(f, params, inputs, targets=[1, 0], baselines=TensorDict({"b": base[1], "a": base[0], "scale": scale}, [3]))
+    packed = integrated_gradients(
+        f, params, inputs, targets=[1, 0], baselines=TensorDict({"b": base[1], "a": base[0], "scale": scale}, [3])
+    )
     assert packed.batch_size == (2, 3) and set(packed.keys()) == {"a", "b"}
     CLOSE(packed["a"][0], got[0])
 
@@ -636,7 +636,12 @@ X = torch.ones(3, 6)
         (X, {"at": "0", "baselines": {"0": torch.ones(9)}}, errors.InputError, "baselines for '0' holds .* does not broadcast"),
         (X, {"at": ["0", "2"], "baselines": {"0": 0.0}}, errors.SiteError, "baselines has no '2'; it has '0'"),
         (X, {"at": "0", "baselines": torch.ones(1, 6)}, errors.InputError, "give the shape of inputs"),
-        (X, {"at": "0", "baselines": {"7": 0.0}}, errors.InputError, r"a dict with '7' for a float32 .* or \{site: value\} for at"),
+        (
+            X,
+            {"at": "0", "baselines": {"7": 0.0}},
+            errors.InputError,
+            r"a dict with '7' for a float32 .* or \{site: value\} for at",
+        ),
     ],
 )
 def test_bad_input(inputs, options, error, message):

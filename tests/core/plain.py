@@ -41,17 +41,13 @@ def assert_same(actual: Any, expected: Any, **tolerances: float) -> None:
             expected[keys],
             equal_nan=True,
             **(tolerances or {"rtol": 0, "atol": 0}),
-            msg=lambda m: f"{keys}: {m}",
+            msg=lambda m, keys=keys: f"{keys}: {m}",
         )
 
 
-def hooked_values(
-    model: nn.Module, inputs: Any, edit: Callable[[str, Tensor], Tensor] = lambda s, t: t
-) -> tuple[Any, dict]:
+def hooked_values(model: nn.Module, inputs: Any, edit: Callable[[str, Tensor], Tensor] = lambda s, t: t) -> tuple[Any, dict]:
     """The output, and the tensor outputs of all module calls by site; `edit` may replace each of them."""
-    paths = {
-        module: Site.parse(f"{''.join(_spell(path))}").path if path else () for path, module in model.named_modules()
-    }
+    paths = {module: Site.parse(f"{''.join(_spell(path))}").path if path else () for path, module in model.named_modules()}
     found: dict[tuple, list[Any]] = {}
     values: dict[Site, Tensor] = {}
 

@@ -42,7 +42,7 @@ def test_functionalize_takes_a_module(model: Any) -> None:
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_a_scripted_model_is_refused() -> None:
     scripted = torch.jit.script(nn.Linear(3, 2))
-    with pytest.raises(ModelError, match="the model is a ScriptModule.*pass the eager module"):
+    with pytest.raises(ModelError, match=r"the model is a ScriptModule.*pass the eager module"):
         functionalize(scripted)
     with pytest.raises(ModelError, match="submodule '0' is a ScriptModule"):
         functionalize(nn.Sequential(scripted))
@@ -157,7 +157,7 @@ class Mine(nn.Module):
 @every_transform
 def test_an_unknown_site_is_an_error_before_anything_runs(transform: Callable) -> None:
     mine, _ = functionalize(Mine())
-    with pytest.raises(SiteError, match="unknown site 'lyer': the model has no module 'lyer'. Did you mean 'layer'?"):
+    with pytest.raises(SiteError, match=r"unknown site 'lyer': the model has no module 'lyer'. Did you mean 'layer'?"):
         transform(mine, "lyer")
     with pytest.raises(SiteError, match="malformed"):
         transform(mine, "layer:up")
@@ -302,9 +302,7 @@ def test_nothing_to_do_is_an_error() -> None:
 
 
 def test_what_is_written_is_a_tensor_a_number_or_a_function() -> None:
-    with pytest.raises(
-        InputError, match=r"writes\['act@0'\] is 'zero' of type str; give a tensor, a number or a function"
-    ):
+    with pytest.raises(InputError, match=r"writes\['act@0'\] is 'zero' of type str; give a tensor, a number or a function"):
         intervene(f, {"act@0": "zero"})
     with pytest.raises(InputError, match=r"edits\['act@0'\] is 0 of type int; give a function of the cotangent"):
         edit_gradient(f, {"act@0": 0})
@@ -320,9 +318,7 @@ def test_a_site_named_twice_in_one_mapping_is_an_error(writes: dict) -> None:
 
 def test_a_pattern_does_not_write_one_value_into_all_elements_of_a_structure() -> None:
     g, p, inputs = prepared(*zoo.named("structured"))
-    with pytest.raises(
-        SiteError, match=r"site 'tup\*' matches a structured value at 'tuple@0:out\[0\]'; address the element"
-    ):
+    with pytest.raises(SiteError, match=r"site 'tup\*' matches a structured value at 'tuple@0:out\[0\]'; address the element"):
         intervene(g, {"tup*": 0.0})(p, inputs)
 
 

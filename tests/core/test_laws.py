@@ -151,9 +151,7 @@ def test_a_write_of_the_output_makes_every_other_write_irrelevant(case: zoo.Case
     assert all(torch.equal(value, torch.ones_like(value)) for value in found.values())
 
 
-@pytest.mark.parametrize(
-    "case", zoo.named("mlp", "cnn", "float64", "odd_keys", "batchnorm_train", "weight_norm"), ids=repr
-)
+@pytest.mark.parametrize("case", zoo.named("mlp", "cnn", "float64", "odd_keys", "batchnorm_train", "weight_norm"), ids=repr)
 def test_a_later_write_makes_an_earlier_one_irrelevant(case: zoo.Case) -> None:
     f, params, inputs = prepared(case)
     values = [site for site in read(case) if not site.startswith(":") and "param" not in site]
@@ -167,7 +165,7 @@ def test_a_later_write_makes_an_earlier_one_irrelevant(case: zoo.Case) -> None:
 def test_disjoint_writes_commute(case: zoo.Case) -> None:
     f, params, inputs = prepared(case)
     values = differentiable(case)
-    a, b = list(values)[0], list(values)[len(values) // 2]
+    a, b = next(iter(values)), list(values)[len(values) // 2]
     if a == b:
         pytest.skip("the model has one value only")
     write_a, write_b = {a: lambda v: v * 2}, {b: torch.ones_like(values[b])}
@@ -354,9 +352,7 @@ def test_compiled_equals_eager_and_does_not_recompile(case: zoo.Case) -> None:
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize(
-    "case", zoo.named("mlp", "residual", "in_place", "structured", "encoder", "weight_norm"), ids=repr
-)
+@pytest.mark.parametrize("case", zoo.named("mlp", "residual", "in_place", "structured", "encoder", "weight_norm"), ids=repr)
 def test_compiled_gradients_at_sites_equal_eager_ones(case: zoo.Case) -> None:
     f, params, inputs = prepared(case)
     deltas = {site: torch.zeros_like(value) for site, value in differentiable(case).items()}
@@ -407,9 +403,7 @@ def test_nothing_is_changed_by_any_transform(case: zoo.Case) -> None:
         intervene(f, {sites[0]: lambda v: v.mul_(0)})(params, inputs)
         freeze(f, "**")(params, inputs)
         stop_at(f, sites[0])(params, inputs)
-        grad(lambda d: loss(edit_gradient(perturb(f, sites), dict.fromkeys(sites, torch.neg))(params, inputs, d)))(
-            deltas
-        )
+        grad(lambda d: loss(edit_gradient(perturb(f, sites), dict.fromkeys(sites, torch.neg))(params, inputs, d)))(deltas)
 
 
 @zoo_wide
@@ -429,9 +423,7 @@ def test_nothing_is_changed_by_a_call_that_raises(case: zoo.Case) -> None:
     assert_same(f(params, inputs), expected)
 
 
-@pytest.mark.parametrize(
-    "case", zoo.named("stateful", "batchnorm_train", "spectral_norm", "old_spectral_norm"), ids=repr
-)
+@pytest.mark.parametrize("case", zoo.named("stateful", "batchnorm_train", "spectral_norm", "old_spectral_norm"), ids=repr)
 def test_a_model_that_writes_into_itself_gives_the_same_after_a_call_that_raised(case: zoo.Case) -> None:
     model, inputs = case()
     f, params = functionalize(model.train())
@@ -493,13 +485,11 @@ def test_functional_models_of_one_module_are_independent() -> None:
     assert_same(g(q, x), expected)
 
 
-@pytest.mark.parametrize(
-    "case", zoo.named("mlp", "stateful", "lstm", "old_spectral_norm", "gpt2", "residual"), ids=repr
-)
+@pytest.mark.parametrize("case", zoo.named("mlp", "stateful", "lstm", "old_spectral_norm", "gpt2", "residual"), ids=repr)
 def test_threads_do_not_disturb_each_other(case: zoo.Case) -> None:
     model, inputs = case()
     shared = functionalize(model)
-    site = list(differentiable(case))[0]
+    site = next(iter(differentiable(case)))
     expected = [leaves(intervene(shared[0], {site: lambda v, i=i: v * i})(shared[1], inputs)) for i in range(4)]
     failures: list[BaseException] = []
     start = threading.Barrier(4)
@@ -509,7 +499,7 @@ def test_threads_do_not_disturb_each_other(case: zoo.Case) -> None:
             start.wait()
             for repeat in range(8):
                 f, params = shared if repeat % 2 else functionalize(model)
-                output, values = capture(intervene(f, {site: lambda v: v * i}), [site, "**/*"])(params, inputs)
+                output, _ = capture(intervene(f, {site: lambda v: v * i}), [site, "**/*"])(params, inputs)
                 assert_same(leaves(output), expected[i])
                 f._run(params, inputs, (), tdhook.core.functional.Execution())
         except BaseException as error:

@@ -137,8 +137,7 @@ def test_what_is_printed_reads_as_the_same_site(site: Site) -> None:
 def test_any_text_parses_to_a_site_that_prints_and_parses_to_itself_or_is_a_site_error(text: str) -> None:
     try:
         site = Site.parse(text)
-    except SiteError as error:
-        assert len(str(error)) > 20
+    except SiteError:
         return
     assert Site.parse(str(site)) == site
     assert str(Site.parse(str(site))) == str(site)
@@ -309,9 +308,7 @@ def test_arguments_are_addressed_by_position_or_by_name() -> None:
     f, params, inputs = prepared(*zoo.named("several"))
     a, b = inputs["a"], inputs["b"]
     values = capture(f, [":in[a]", ":in[0]", ":in[1]", "left:in", "left:in[input]", "right:in"])(params, inputs)[1]
-    assert_same(
-        dict(values.items()), {":in[a]": a, ":in[0]": a, ":in[1]": b, "left:in": a, "left:in[input]": a, "right:in": b}
-    )
+    assert_same(dict(values.items()), {":in[a]": a, ":in[0]": a, ":in[1]": b, "left:in": a, "left:in[input]": a, "right:in": b})
     values = capture(f, [":in[b]", ":in[a]"])(params, (a, b))[1]
     assert_same(dict(values.items()), {":in[b]": b, ":in[a]": a})
 

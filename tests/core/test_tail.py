@@ -191,7 +191,9 @@ def test_resuming_a_tape_with_nothing_changed_is_the_model(case):
         assert_same(tape.resume({want: lambda value: value}), expected)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("mlp", "unet", "rotary", "llama", "in_place", "cnn")], ids=repr)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name in ("mlp", "unet", "rotary", "llama", "in_place", "cnn")], ids=repr
+)
 def test_the_tail_of_a_write_is_the_write(case):
     """A value other than the model's own goes the way that `intervene` sends it."""
     f, params, inputs = prepared(case)
@@ -417,7 +419,9 @@ def test_python_state_on_the_way_is_kept():
 @pytest.fixture
 def nested():
     torch.manual_seed(0)
-    return *functionalize(nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.ReLU()), nn.Linear(3, 3))), torch.randn(2, 3)
+    return *functionalize(
+        nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.ReLU()), nn.Linear(3, 3))
+    ), torch.randn(2, 3)
 
 
 @pytest.mark.parametrize("site", ["0", "1", "1.0", "1.1:in", "1.1/relu"])

@@ -48,7 +48,9 @@ def test_every():
     assert torch.equal(T.every()(LOGITS), LOGITS)
 
 
-@pytest.mark.parametrize("make", [T.index, lambda i, **kw: T.indices([i], **kw), lambda i, **kw: T.logit_difference(i, 0, **kw)])
+@pytest.mark.parametrize(
+    "make", [T.index, lambda i, **kw: T.indices([i], **kw), lambda i, **kw: T.logit_difference(i, 0, **kw)]
+)
 def test_a_key_picks_from_structured_outputs(make):
     expected = make(1)(LOGITS)
     hidden = torch.zeros(7)

@@ -326,9 +326,7 @@ def test_a_compiled_head_equals_the_eager_one() -> None:
 # Operations ----------------------------------------------------------------------------------------------------------
 
 
-def residual(
-    params: Any, x: Tensor, relu: Any = F.relu, probabilities: Any = lambda v: v, sum_: Any = lambda v: v
-) -> Any:
+def residual(params: Any, x: Tensor, relu: Any = F.relu, probabilities: Any = lambda v: v, sum_: Any = lambda v: v) -> Any:
     """`zoo.Residual` written out, with what to do at its operations."""
     linear = {name: lambda v, p=params[name]: F.linear(v, p["weight"], p["bias"]) for name in ("up", "down")}
     h = sum_(x + relu(linear["up"](x)))
@@ -402,7 +400,7 @@ class InPlaceOperations(nn.Module):
 
 def test_operations_in_place_have_the_name_of_the_operation_and_are_written_in_place() -> None:
     f, params = functionalize(InPlaceOperations())
-    output, values = capture(f, "/*")(params, X)
+    _, values = capture(f, "/*")(params, X)
     assert list(values.keys()) == ["/mul@0", "/add@0", "/relu@0", "/relu@1", "/neg", "/mul@1", "/add@1"]
     h = (X + 1).relu()
     for site, value in zip(values.keys(), [X, X + 1, h, h, -h, -h * 0, -h]):

@@ -6,6 +6,7 @@ import types
 from collections import namedtuple
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def call(model: nn.Module, inputs: Any, **constants: Any) -> Any:
 class MLP(nn.Module):
     def __init__(self, *widths: int):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.act = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,9 +178,7 @@ class Several(nn.Module):
         super().__init__()
         self.left, self.right = nn.Linear(3, 4), nn.Linear(2, 4)
 
-    def forward(
-        self, a: Tensor, b: Tensor, mask: Tensor | None = None, *, scale: float = 1.0, mode: str = "sum"
-    ) -> Tensor:
+    def forward(self, a: Tensor, b: Tensor, mask: Tensor | None = None, *, scale: float = 1.0, mode: str = "sum") -> Tensor:
         left, right = self.left(input=a), self.right(b)
         h = left + right if mode == "sum" else left * right
         return h * scale if mask is None else h * scale * mask
@@ -463,9 +462,7 @@ plain = [
 normed = [
     Case("old_weight_norm", lambda: _normed(nn.utils.weight_norm)),
     Case("old_spectral_norm", lambda: _normed(nn.utils.spectral_norm)),
-    Case(
-        "weight_norm", lambda: _normed(parametrizations.weight_norm), pickles="torch does not pickle parametrizations"
-    ),
+    Case("weight_norm", lambda: _normed(parametrizations.weight_norm), pickles="torch does not pickle parametrizations"),
     Case(
         "spectral_norm",
         lambda: _normed(parametrizations.spectral_norm),

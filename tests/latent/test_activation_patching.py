@@ -123,7 +123,9 @@ def test_whole_sites():
     CLOSE(got.normalized[[0, 1, 4]], torch.ones(3, 2).double())  # embedding and blocks: the whole residual stream
 
 
-@pytest.mark.parametrize(("attention", "op"), [("sdpa", "scaled_dot_product_attention"), ("eager", "matmul@1"), ("eager", "softmax")])
+@pytest.mark.parametrize(
+    ("attention", "op"), [("sdpa", "scaled_dot_product_attention"), ("eager", "matmul@1"), ("eager", "softmax")]
+)
 def test_heads(attention, op):
     """A head patched at the attention operation is that slice of the input of the output projection."""
     model, clean, corrupted = language_model(zoo._gpt2)
@@ -199,7 +201,9 @@ def test_chunks_change_nothing(chunk_size):
     CLOSE(run(chunk_size=chunk_size).patched, run().patched)
 
 
-@pytest.mark.parametrize("case", [c for c in zoo.plain if c.name in ("in_place", "cnn", "reused", "residual", "encoder")], ids=repr)
+@pytest.mark.parametrize(
+    "case", [c for c in zoo.plain if c.name in ("in_place", "cnn", "reused", "residual", "encoder")], ids=repr
+)
 def test_every_site_of_a_model_equals_a_write(case):
     torch.manual_seed(0)
     model, corrupted = case()
@@ -396,9 +400,7 @@ def test_compiled_equals_eager_and_does_not_recompile(chunk_size):
     f, params, clean, corrupted = small()
 
     def run(params, clean, corrupted):
-        got = activation_patching(
-            f, params, clean, corrupted, lambda out: out[:, 0], sites=["0", "2"], chunk_size=chunk_size
-        )
+        got = activation_patching(f, params, clean, corrupted, lambda out: out[:, 0], sites=["0", "2"], chunk_size=chunk_size)
         return got.patched, got.normalized
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
