@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -39,12 +38,14 @@ def vmap_or_loop(function: Callable, arguments: Any, chunk_size: int | None = No
         return vmapped(arguments)
     try:
         return vmapped(arguments)
+    except torch.cuda.OutOfMemoryError:
+        raise
     except RuntimeError as error:
-        if not re.search("vmap|got a batched tensor", str(error)):
-            raise
-        warnings.warn(f"vmap cannot run this model, so it runs once for each: {error}", TdhookWarning, stacklevel=2)
+        # An error of the function itself comes again, from the loop.
         leaves, spec = pytree.tree_flatten(arguments)
         results = [function(pytree.tree_unflatten(each, spec)) for each in zip(*leaves)]
+        reason = str(error).split(". ")[0]
+        warnings.warn(f"vmap cannot run this model, so it ran once for each, in a loop: {reason}.", TdhookWarning, stacklevel=2)
         return pytree.tree_map(lambda *parts: torch.stack(parts), *results)
 
 

@@ -50,12 +50,8 @@ class Registered:
 @functools.cache
 def twin_class(cls: type, patched: bool) -> type:
     """The subclass of `cls` that reports. `patched`: the instance carries a `forward` of its own, which then is called."""
-    original: Any = cls.forward  # type: ignore[attr-defined]
-    set_attribute = cls.__setattr__
-    if patched:
-
-        def original(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return self._tdhook_forward(*args, **kwargs)
+    original: Any = _own_forward if patched else cls.forward  # type: ignore[attr-defined]
+    set_attribute: Any = cls.__setattr__
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         frame = self._tdhook_cell.frame
@@ -78,6 +74,10 @@ def twin_class(cls: type, patched: bool) -> type:
     }
     metaclass: Any = type(cls)
     return metaclass(cls.__name__, (cls,), members)
+
+
+def _own_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return self._tdhook_forward(*args, **kwargs)
 
 
 def _before(module: nn.Module, name: str) -> tuple[nn.Module | dict, str, Any]:

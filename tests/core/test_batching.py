@@ -10,7 +10,7 @@ from torch.func import vjp
 
 from tdhook.core.batching import chunks, pull_each, vmap_or_loop
 from tdhook.core.checks import flatten_as, require_positive
-from tdhook.core.errors import InputError
+from tdhook.core.errors import InputError, TdhookWarning
 
 
 @given(st.integers(0, 50), st.one_of(st.none(), st.integers(1, 60)))
@@ -63,5 +63,6 @@ def test_vmap_or_loop_loops_where_vmap_cannot_go():
         return {"y": pair[0] * 2 if pair[0].item() > 0 else -pair[1]}
 
     a, b = torch.tensor([1.0, -1.0]), torch.tensor([5.0, 7.0])
-    assert vmap_or_loop(by_value, (a, b))["y"].tolist() == [2.0, -7.0]
+    with pytest.warns(TdhookWarning, match="once for each, in a loop"):
+        assert vmap_or_loop(by_value, (a, b))["y"].tolist() == [2.0, -7.0]
     assert vmap_or_loop(lambda x: x + 1, a).tolist() == [2.0, 0.0]
