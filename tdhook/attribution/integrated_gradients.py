@@ -12,6 +12,7 @@ from torch.func import vjp
 from ..core.batching import chunks, pull_each, vmap_or_loop
 from ..core.checks import require_gradients, require_positive, warn_if_stochastic
 from ..core.errors import InputError
+from ..core.progress import Progress
 from ..core.structure import describe
 from ..core.targets import Targets, check, select
 from ..core.transforms import Sites
@@ -31,6 +32,7 @@ def integrated_gradients(
     quadrature: str = "gauss_legendre",
     multiply_by_inputs: bool = True,
     chunk_size: int | None = None,
+    progress: Progress | None = None,
 ) -> Any:
     """Integrated gradients along the straight line from baselines to inputs.
 
@@ -50,6 +52,7 @@ def integrated_gradients(
         multiply_by_inputs: False leaves out the factor x - x'.
         chunk_size: how many copies of the model run at once (path points, times targets in the backward); None for all. It
             bounds memory and does not change the result; on a CPU a small one (4, say) is also the fastest for large models.
+        progress: called as `progress(done, total)`, in path points, at the start and after every chunk.
 
     Returns:
         Attributions in the structure of `inputs` (None in place of what does not move), or a TensorDict keyed by site for `at`;
@@ -77,7 +80,7 @@ def integrated_gradients(
     require_gradients("integrated_gradients")
     warn_if_stochastic(f, "integrated_gradients")
     path = straight_path(f, params, inputs, baselines, at)
-    gradients, plural = _integrate(path, targets, nodes, weights, chunk_size)
+    gradients, plural = _integrate(path, targets, nodes, weights, chunk_size, progress or _no_progress)
     if multiply_by_inputs:
         gradients = [g * (end - start) for g, start, end in zip(gradients, path.starts, path.ends)]
     return path.restructure(gradients if plural else [g[0] for g in gradients])
@@ -138,16 +141,27 @@ def convergence_delta(
     return total - difference if plural else (total - difference)[0]
 
 
+def _no_progress(done: int, total: int) -> None:
+    """What is called where nobody asked for progress."""
+
+
 def _integrate(
-    path: Path, targets: Targets, nodes: tuple[float, ...], weights: tuple[float, ...], chunk_size: int | None
+    path: Path,
+    targets: Targets,
+    nodes: tuple[float, ...],
+    weights: tuple[float, ...],
+    chunk_size: int | None,
+    progress: Progress,
 ) -> tuple[list[Tensor], bool]:
     """The weighted sum of gradients along the path, each [T, *shape], and whether there are several targets."""
     totals: list[Tensor] = []
     plural = False
+    progress(0, len(nodes))
     for chunk in chunks(len(nodes), chunk_size):
         at_once = None if chunk_size is None else max(1, chunk_size // len(nodes[chunk]))
         gradients, plural = _integrate_chunk(path, targets, nodes[chunk], weights[chunk], at_once)
         totals = [t + g for t, g in zip(totals, gradients)] if totals else gradients
+        progress(chunk.stop, len(nodes))
     return totals, plural
 
 

@@ -743,3 +743,11 @@ def test_a_model_that_writes_into_its_own_tensors():
         got = integrated_gradients(f, params, x, targets=[1, 4])
     torch.testing.assert_close(got[0], loop(model, x, 0 * x, 1), rtol=1e-10, atol=1e-13)
     assert got[1].abs().max() == 0
+
+
+def test_progress_counts_path_points():
+    f, params = functionalize(nn.Linear(3, 1))
+    seen = []
+    options = {"targets": 0, "steps": 5, "chunk_size": 2, "progress": lambda done, total: seen.append((done, total))}
+    integrated_gradients(f, params, torch.ones(1, 3), **options)
+    assert seen == [(0, 5), (2, 5), (4, 5), (5, 5)]
