@@ -43,10 +43,10 @@ def vmap_or_loop(function: Callable, arguments: Any, chunk_size: int | None = No
     except RuntimeError as error:
         # An error of the function itself comes again, from the loop.
         leaves, spec = pytree.tree_flatten(arguments)
-        results = [function(pytree.tree_unflatten(each, spec)) for each in zip(*leaves)]
+        results = [pytree.tree_flatten(function(pytree.tree_unflatten(each, spec))) for each in zip(*leaves)]
         reason = str(error).split(". ")[0]
         warnings.warn(f"vmap cannot run this model, so it ran once for each, in a loop: {reason}.", TdhookWarning, stacklevel=2)
-        return pytree.tree_map(lambda *parts: torch.stack(parts), *results)
+        return pytree.tree_unflatten([torch.stack(parts) for parts in zip(*(each for each, _ in results))], results[0][1])
 
 
 def pull_each(pull: Callable[[Tensor], Any], values: Tensor, weights: Tensor, chunk_size: int | None) -> Any:
@@ -65,5 +65,5 @@ def pull_each(pull: Callable[[Tensor], Any], values: Tensor, weights: Tensor, ch
     def pull_one(unit: Tensor) -> Any:
         return pull((weights * unit).expand(values.shape))
 
-    units = torch.eye(values.shape[-1], dtype=values.dtype, device=values.device)
+    units = torch.eye(values.shape[-1], device=values.device).to(values.dtype)  # torch 2.1 has no eye in bfloat16
     return vmap(pull_one, chunk_size=chunk_size)(units)

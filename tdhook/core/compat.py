@@ -1,8 +1,11 @@
-"""What older versions of torch lack."""
+"""The few private parts of torch that the library looks at, and what older versions lack: to be checked with each new one."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+_functorch = torch._C._functorch
 
 
 def _never() -> bool:
@@ -11,3 +14,31 @@ def _never() -> bool:
 
 # torch 2.1 and 2.2 cannot compile over torch.func transforms, so there is nothing to tell apart.
 is_compiling = getattr(torch.compiler, "is_compiling", _never)
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a vmap, grad or the like around us hides the values of a tensor."""
+    return _functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether a vmap around us has given a tensor a hidden axis."""
+    return _functorch.is_batchedtensor(tensor)
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor below all transforms."""
+    while is_wrapped(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def level_of(tensor: Tensor) -> int:
+    """How many transforms deep the innermost one is that a tensor belongs to."""
+    return max(0, _functorch.maybe_get_level(tensor))
+
+
+def current_level() -> int:
+    """How many transforms are at work."""
+    innermost = _functorch.peek_interpreter_stack()
+    return 0 if innermost is None else innermost.level()

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from .compat import is_compiling
+from .compat import current_level, is_compiling, level_of
 from .errors import SiteError
 from .functional import Execution, FunctionalModel
 from .scope import Handler, Stop
@@ -22,11 +21,11 @@ class Reader(Handler):
 
     def __init__(self, wants: tuple[Want, ...]):
         super().__init__(wants)
-        self.level = _level()
+        self.level = 0 if is_compiling() else current_level()
         self.values: dict[tuple[Want, Site], Tensor] = {}
 
     def visit(self, want: Want, site: Site, value: Tensor) -> Tensor:
-        if not is_compiling() and torch._C._functorch.maybe_get_level(value) > self.level:
+        if not is_compiling() and level_of(value) > self.level:
             raise SiteError(
                 f"site {str(site)!r} lies inside a vmap or grad of the model's own, where its value cannot be read; "
                 "read what the model returns from there, or write there."
@@ -43,11 +42,6 @@ class Reader(Handler):
                     once = not want.exact and self.calls(site) == 1 and want.site.call is None
                     named[str(replace(site, call=None) if once else site)] = value
         return named
-
-
-def _level() -> int:
-    """How many vmaps, grads and the like are at work."""
-    return 0 if is_compiling() else torch._C._functorch.maybe_current_level() or 0
 
 
 class Capture(Transform):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compat import is_compiling
+from .compat import is_batched, is_compiling
 from .functional import Execution, FunctionalModel
 from .reading import Reader
 from .scope import Observer
@@ -94,9 +94,7 @@ class Tape:
         self.values = {want: value for (want, _), value in reader.values.items()}
         self._times = reader.times
         # A batched tensor does not count its writes, so under vmap nothing is known to be still what it was.
-        known = not any(
-            torch._C._functorch.is_batchedtensor(t) for _, _, output, _ in recorder.finished for _, t in tensors(output)
-        )
+        known = not any(is_batched(t) for _, _, output, _ in recorder.finished for _, t in tensors(output))
         self._finished = [entry[:3] for entry in recorder.finished if known and not _changed(entry[3])]
 
     def resume(self, writes: Mapping[Want, Write]) -> Any:

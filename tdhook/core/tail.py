@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .compat import is_compiling
+from .compat import is_compiling, unwrapped
 from .errors import InputError
 from .functional import Execution, FunctionalModel
 from .scope import Handler, Observer
@@ -31,7 +31,7 @@ _PLAIN = (Tensor, int, float, complex, bool, str, bytes, type(None), torch.dtype
 
 def is_plain(value: Any) -> bool:
     """Whether a value consists of tensors and constants only, so that calls can exchange nothing through it unseen."""
-    return all(isinstance(leaf, _PLAIN) for leaf in pytree.tree_leaves(value))
+    return all(isinstance(leaf, _PLAIN) for leaf in pytree.tree_flatten(value)[0])
 
 
 class Effects:
@@ -40,12 +40,12 @@ class Effects:
 
     def __init__(self, f: FunctionalModel, arguments: Any):
         self.f, self.arguments = f, arguments
-        self.leaves = pytree.tree_leaves(arguments)
+        self.leaves = pytree.tree_flatten(arguments)[0]
         self.attributes_set = f.base.blueprint.writes()
 
     def none(self, output: Any) -> bool:
         """Whether the call, which returned `output`, had no effect that data flow does not show."""
-        after = pytree.tree_leaves(self.arguments)
+        after = pytree.tree_flatten(self.arguments)[0]
         unchanged = len(after) == len(self.leaves) and all(new is old for new, old in zip(after, self.leaves))
         unchanged = unchanged and self.f.base.blueprint.writes() == self.attributes_set
         return unchanged and is_plain(self.leaves) and is_plain(output)
@@ -77,8 +77,7 @@ class _Flow(Observer):
     def storages(self, value: Any) -> set[int]:
         found = set()
         for tensor in reachable_tensors(value):
-            while torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # by a vmap or grad of the model's own
-                tensor = torch._C._functorch.get_unwrapped(tensor)
+            tensor = unwrapped(tensor)  # of a vmap or grad of the model's own
             self.keep.append(tensor)
             found.add(tensor.untyped_storage()._cdata)
         return found

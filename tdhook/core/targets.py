@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import structure
-from .compat import is_compiling
+from .compat import is_compiling, is_wrapped
 from .errors import TargetError
 
 Targets = None | int | Sequence[int | Callable[[Any], Tensor]] | Callable[[Any], Tensor]
@@ -126,7 +126,7 @@ def per_example(classes: Tensor, *, key: int | str | None = None, position: int 
 
 def _require_values(name: str, classes: Tensor, count: int) -> None:
     """Range check of a tensor of classes, where its values can be looked at."""
-    if is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(classes):
+    if is_compiling() or is_wrapped(classes):
         return
     wrong = classes[(classes < 0) | (classes >= count)]
     if len(wrong):

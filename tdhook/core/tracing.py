@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils import _pytree as pytree
 
+from .compat import is_wrapped
 from .errors import ModelError, SiteError, TdhookError, did_you_mean
 from .functional import Execution, FunctionalModel
 from .scope import Observer
@@ -200,7 +201,7 @@ def _run_abstract_or_real(run: Callable, *arguments: Any) -> Any:
     except TdhookError:
         raise
     except Exception as error:
-        if not any(map(_is_hidden, pytree.tree_leaves(arguments))):
+        if not any(map(_is_hidden, pytree.tree_flatten(arguments)[0])):
 
             def real() -> Any:
                 leaves, spec = pytree.tree_flatten(arguments)
@@ -217,7 +218,7 @@ def _run_abstract_or_real(run: Callable, *arguments: Any) -> Any:
 
 
 def _is_hidden(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(leaf)
+    return isinstance(leaf, Tensor) and is_wrapped(leaf)
 
 
 @dataclass(frozen=True)

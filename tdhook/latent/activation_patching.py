@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..core.batching import vmap_or_loop
 from ..core.checks import require_positive, warn_if_stochastic
-from ..core.compat import is_compiling
+from ..core.compat import is_compiling, is_wrapped
 from ..core.errors import InputError, SiteError, TargetError
 from ..core.functional import FunctionalModel
 from ..core.progress import Progress
@@ -144,7 +144,7 @@ def _one_value_each(tree: Tree, sites: Sites) -> tuple[Want, ...]:
 
 
 def _require_aligned(clean: Any, corrupted: Any) -> None:
-    first, second = pytree.tree_leaves(clean), pytree.tree_leaves(corrupted)
+    first, second = pytree.tree_flatten(clean)[0], pytree.tree_flatten(corrupted)[0]
     if len(first) != len(second):
         raise InputError(
             f"clean is {describe(clean)} but corrupted is {describe(corrupted)}; give inputs of the same structure."
@@ -216,9 +216,7 @@ def _patch_site(
 
 def _that_change_something(value: Tensor, source: Tensor, places: list[int], axis: int) -> list[int]:
     """Which patches differ from what is there. All of them where values cannot be looked at or carry derivatives."""
-    if is_compiling() or any(
-        t.requires_grad or t.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(t) for t in (value, source)
-    ):
+    if is_compiling() or any(t.requires_grad or t.is_meta or is_wrapped(t) for t in (value, source)):
         return list(range(len(places)))
     differs = (value != source).movedim(axis, 0).flatten(1).any(1).tolist()
     return [i for i, place in enumerate(places) if differs[place]]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import tdhook
 from tdhook import Site
@@ -88,9 +89,9 @@ def fingerprint(*things: Any) -> Any:
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.get_default_dtype(),
-        torch.backends.mha.get_fastpath_enabled(),
+        torch.backends.mha.get_fastpath_enabled() if hasattr(torch.backends, "mha") else None,  # torch 2.1 has none
         torch._C._len_torch_function_stack(),
-        torch._C._functorch.maybe_current_level(),
+        torch._C._functorch.peek_interpreter_stack() is None,
         len(nn.modules.module._global_forward_hooks),
     ]
     return [state, *(_look(thing, seen) for thing in things)]
@@ -134,3 +135,9 @@ def unchanged(*things: Any) -> Any:
         yield
     finally:
         assert fingerprint(*things) == before
+
+
+def stacked(values: list) -> Any:
+    """One structure of tensors with a leading axis, from several of the same structure."""
+    leaves, spec = zip(*map(pytree.tree_flatten, values))
+    return pytree.tree_unflatten([torch.stack(each) for each in zip(*leaves)], spec[0])

@@ -18,7 +18,7 @@ import tdhook
 from tdhook import capture, edit_gradient, freeze, functionalize, intervene, perturb, stop_at
 
 from . import zoo
-from .plain import assert_same, hooked_values, leaves, prepared, unchanged
+from .plain import assert_same, hooked_values, leaves, prepared, stacked, unchanged
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Complex modules are a new feature:UserWarning"),
@@ -251,7 +251,7 @@ def one_by_one(g: Any, inputs: Any) -> Any:
     else:
         flat, spec = pytree.tree_flatten(inputs)
         outputs = [g(pytree.tree_unflatten([t[i] for t in flat], spec)) for i in range(len(flat[0]))]
-    return pytree.tree_map(lambda *values: torch.stack(values), *outputs)
+    return stacked(outputs)
 
 
 def requires_batching(case: zoo.Case) -> None:
@@ -290,7 +290,7 @@ def test_vmap_over_values_to_write_is_the_loop(case: zoo.Case) -> None:
         if "inplace arithmetic" not in str(error) or case.name != "batchnorm_train":
             raise
         pytest.skip("torch: a batched value cannot be written into running statistics that are not batched")
-    expected = pytree.tree_map(lambda *each: torch.stack(each), *map(run, values))
+    expected = stacked(list(map(run, values)))
     rtol = {"rtol": 2e-2, "atol": 2e-2} if case.name == "bfloat16" else CLOSE
     assert_same(batched, expected, **rtol)
 
