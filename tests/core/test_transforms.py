@@ -366,6 +366,7 @@ def test_operations_are_perturbed_and_frozen() -> None:
     assert_same(edited, frozen, **CLOSE)
 
 
+@pytest.mark.compile
 def test_operations_are_read_and_written_under_vmap_and_compile() -> None:
     f, params, x = prepared(*zoo.named("residual"))
     g = capture(intervene(f, {"/relu": torch.neg}), ["/softmax", "/relu:in"])
