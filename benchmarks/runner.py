@@ -40,7 +40,8 @@ def measure(task: str, case: Case, options: Options, progress: Progress = lambda
     fastest = {competitor.name: _fastest(competitor) for competitor in competitors}
     chosen = {name: choice for name, (choice, _) in fastest.items()}
     budget = (4 if options.quick else 20) if case.seconds is None else case.seconds
-    least = min(3 if options.quick else 5, 1 if budget == 0 else 5)
+    one_round = sum(seconds for _, seconds in fastest.values())
+    least = 1 if budget == 0 or one_round > 60 else 3 if options.quick or one_round > 10 else 5
     samples = _rounds(competitors, fastest, budget, least, progress)
     medians = {c.name: statistics.median(samples[c.name]) * c.scale for c in competitors}
     for c in competitors:
