@@ -22,7 +22,7 @@ TOO_OLD = {
         not hasattr(torch.compiler, "is_compiling"),
         ["test_nothing_is_changed_by_a_call_that_raises[tensordict_sequential]", "test_a_tensordict_is_addressed_by_key"],
     ),
-    f"in transformers {transformers.__version__} blocks return tuples, so they have other addresses, and caches have no layers": (
+    f"in transformers {transformers.__version__} blocks return tuples, at other addresses, and caches have no layers": (
         int(transformers.__version__.partition(".")[0]) < 5,
         [
             "test_hugging_face_models_record_what_they_offer_to_record",

@@ -122,7 +122,7 @@ def edit_gradient(f: FunctionalModel, edits: Mapping[Any, Callable[[Tensor], Ten
     Raises:
         SiteError: as `capture`. InputError: an edit that is not a function.
 
-    Cost: the forward pass.
+    Cost: the forward pass. It compiles under `grad` and under a vmapped pullback; torch 2.13 cannot compile `vmap(grad(g))`.
 
     Examples:
         >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Identity()))

@@ -110,7 +110,7 @@ def stop_at(f: FunctionalModel, sites: Sites) -> FunctionalModel:
 
     Args:
         f: functional model.
-        sites: one exact address, or a list of them.
+        sites: one exact address, or a list of them. Without `@` the run stops at the first call of a module.
 
     Returns:
         `g(params, inputs) -> value`: the tensor at the site; for a list, a TensorDict keyed by canonical site string.
