@@ -62,7 +62,7 @@ def _case(
         tolerance=1e-4,
         absolute=True,
         goals=goals,
-        seconds=5 if options.quick else 180,
+        seconds=5 if options.quick else 30,
     )
 
 

@@ -24,25 +24,27 @@ TASKS = ("integrated_gradients", "activation_patching", "calls", "memory")
 
 
 def run_task(name: str, options: Options, folder: Path, only_case: str = "") -> None:
-    """Runs the cases of one task and writes what was found after each of them."""
+    """Runs the cases of one task and writes what was found after each of them; other cases keep what was found before."""
+    path = folder / f"{name}.json"
+    before = {c["name"]: c for c in json.loads(path.read_text("utf-8"))["cases"]} if only_case and path.exists() else {}
     task = importlib.import_module(f"benchmarks.{name}")
     head = {"task": name, "title": task.TITLE, "introduction": task.INTRODUCTION, "quick": options.quick}
     found = {**head, "date": now(), "machine": machine(), "versions": versions(), "cases": []}
     for case in task.cases(options):
         if only_case not in case.name:
+            found["cases"] += [before[case.name]] if case.name in before else []
             continue
 
         def progress(text: str, case=case) -> None:
             if sys.stderr.isatty():
                 print(f"\r\033[K{name}: {case.name}: {text}", end="", file=sys.stderr, flush=True)
 
-        result = measure(name, case, options, progress)
+        result = {**measure(name, case, options, progress), "date": now()}
         found["cases"].append(result)
         if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr)
         _say(result)
         gc.collect()
-        path = folder / f"{name}.json"
         path.with_suffix(".tmp").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
         path.with_suffix(".tmp").replace(path)
     if found["cases"]:
