@@ -101,6 +101,7 @@ class Frame:
             for want in handler.wants:
                 table = self.modules if want.site.op is None else self.operations
                 table.setdefault(module_path(want.site), []).append((handler, want))
+        self.watches_all = observer is not None or substitutes is not None or bool(self.operations)
 
     @property
     def wants_operations(self) -> bool:
@@ -110,6 +111,8 @@ class Frame:
         """Runs one module call of the twin."""
         path = module._tdhook_path
         taps = self.modules.get(path, ())
+        if not taps and not self.watches_all:
+            return forward(module, *args, **kwargs)
         call = self._count(path, None)
         if self.substitutes is not None and (path, call) in self.substitutes:
             output = self.substitutes[path, call]
