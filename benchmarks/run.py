@@ -45,10 +45,15 @@ def run_task(name: str, options: Options, folder: Path, only_case: str = "") -> 
             print("\r\033[K", end="", file=sys.stderr)
         _say(result)
         gc.collect()
-        path.with_suffix(".tmp").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-        path.with_suffix(".tmp").replace(path)
+        _write(found, path)
     if found["cases"]:
+        _write(found, path)
         picture(found, folder / f"{name}.png")
+
+
+def _write(found: dict, path: Path) -> None:
+    path.with_suffix(".tmp").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    path.with_suffix(".tmp").replace(path)
 
 
 def _say(result: dict) -> None:
