@@ -14,10 +14,11 @@ from torch.nn.parameter import is_lazy
 
 from . import structure
 from .compat import is_compiling
+from .copying import copy_tree, eager_class
 from .errors import InputError, ModelError
 from .scope import Frame, Handler, Observer
 from .sites import Tree, join_path
-from .twin import Twin, copy_tree, eager_class
+from .twin import Twin
 
 
 class FunctionalModel:
