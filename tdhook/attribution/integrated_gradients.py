@@ -83,7 +83,7 @@ def integrated_gradients(
     gradients, plural = _integrate(path, targets, nodes, weights, chunk_size, progress or _no_progress)
     if multiply_by_inputs:
         gradients = [g * (end - start) for g, start, end in zip(gradients, path.starts, path.ends)]
-    return path.restructure(gradients if plural else [g[0] for g in gradients])
+    return path.explained.restructure(gradients if plural else [g[0] for g in gradients])
 
 
 def convergence_delta(
@@ -126,10 +126,10 @@ def convergence_delta(
     """
     check(targets)
     path = straight_path(f, params, inputs, baselines, at)
-    after, plural = select(targets, path.evaluate(path.ends))
-    before, _ = select(targets, path.evaluate(path.starts))
+    after, plural = select(targets, path.explained.evaluate(path.ends))
+    before, _ = select(targets, path.explained.evaluate(path.starts))
     difference = (after - before).movedim(-1, 0)  # [T, *B]
-    given = path.flatten(attributions)
+    given = path.explained.flatten("attributions", attributions)
     total = torch.zeros_like(difference)
     for attribution, end in zip(given, path.ends):
         expected = [*difference.shape[:1], *end.shape] if plural else list(end.shape)
@@ -172,7 +172,7 @@ def _integrate_chunk(
     several = []
 
     def values(moved: list[Tensor]) -> Tensor:
-        chosen, plural = select(targets, path.evaluate(moved))
+        chosen, plural = select(targets, path.explained.evaluate(moved))
         several.append(plural)
         return chosen
 
