@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,8 @@ class Estimate(NamedTuple):
     samples: int
 
 
-class Moments(NamedTuple):
+@dataclass(frozen=True)
+class Moments:
     """Count, mean and sum of squared deviations of samples that come in chunks (Chan, Golub, LeVeque, 1979)."""
 
     count: int
@@ -35,7 +37,7 @@ class Moments(NamedTuple):
         mean = samples.mean(0)
         return cls(len(samples), mean, (samples - mean).square().sum(0))
 
-    def __add__(self, other: Moments) -> Moments:  # type: ignore[override]
+    def __add__(self, other: Moments) -> Moments:
         count = self.count + other.count
         difference = other.mean - self.mean
         mean = self.mean + difference * (other.count / count)
