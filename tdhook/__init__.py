@@ -1,9 +1,11 @@
 """Interpretability of PyTorch models as pure functions: no hooks, no state, and any model."""
 
-from . import attribution, errors, latent, targets
+from . import attribution, errors, latent, metrics, targets
 from .core.derivatives import edit_gradient, freeze, perturb
 from .core.errors import TdhookError
+from .core.estimate import Estimate
 from .core.functional import FunctionalModel, functionalize
+from .core.groups import Groups
 from .core.progress import tqdm_progress
 from .core.reading import capture, stop_at
 from .core.sites import Site
@@ -15,7 +17,9 @@ from .core.writing import intervene
 __version__ = "0.1.0"
 
 __all__ = [
+    "Estimate",
     "FunctionalModel",
+    "Groups",
     "Site",
     "TdhookError",
     "Trace",
@@ -28,6 +32,7 @@ __all__ = [
     "functionalize",
     "intervene",
     "latent",
+    "metrics",
     "perturb",
     "start_from",
     "stop_at",

