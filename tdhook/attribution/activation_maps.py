@@ -69,7 +69,7 @@ def grad_cam(
 
     Raises:
         InputError: a site without spatial axes, a `size` or `reshape` that does not fit, a bad `chunk_size`.
-        TargetError, SiteError, GradientError (grad mode is off). Warns for a model in train mode.
+            TargetError, SiteError, GradientError (grad mode is off). Warns for a model in train mode.
 
     Cost: one forward pass, a second one from the first site on, and T vmapped backward passes to the sites, however many.
 

@@ -90,7 +90,7 @@ def fgsm(
 
     Raises:
         InputError: a bad `epsilon`, `bounds`, `mask` or `chunk_size`. TargetError, SiteError, GradientError (grad mode is off).
-        Warns for a model in train mode.
+            Warns for a model in train mode.
 
     Cost: one forward pass, then T forward and backward passes, vmapped.
 
@@ -137,14 +137,19 @@ def pgd(
         inputs: as `f` takes them: Tensor [B, *features], or a structure of such. Floating-point tensors are changed.
         radius: of the ball: the largest change of a feature (`"linf"`), or the largest Euclidean norm of the change of an
             example, over all of its tensors (`"l2"`).
-        targets, loss, targeted: as in `fgsm`.
+        targets: as in `fgsm`.
+        loss: as in `fgsm`.
+        targeted: as in `fgsm`.
         norm: `"linf"` or `"l2"`.
         steps: number of steps.
         step_size: None for 2.5 * radius / steps.
         update: u is `"sign"`, `"normalized"` (the gradient of an example scaled to Euclidean norm 1) or `"gradient"`. None:
             `"sign"` for `"linf"`, `"normalized"` for `"l2"`.
         random_start: begins at a point drawn uniformly from the ball, the same for all targets.
-        at, bounds, mask, chunk_size: as in `fgsm`.
+        at: as in `fgsm`.
+        bounds: as in `fgsm`.
+        mask: as in `fgsm`.
+        chunk_size: as in `fgsm`.
         generator: source of the random start; None for the global one.
 
     Returns:

@@ -51,7 +51,7 @@ def internal_influence(
 
     Raises:
         InputError: baselines that do not fit, a bad `steps`, `quadrature` or `chunk_size`. SiteError: as `capture`.
-        TargetError, GradientError (grad mode is off), ModelError (a plain function). Warns for a model in train mode.
+            TargetError, GradientError (grad mode is off), ModelError (a plain function). Warns for a model in train mode.
 
     Cost: one forward pass up to the sites, `steps` forward passes, vmapped; `steps * T` backward passes to the sites, vmapped.
 
@@ -99,13 +99,18 @@ def layer_conductance(
         params: its parameters.
         inputs: as `f` takes them. All floating-point tensors move together; others are passed through.
         at: exact sites A, one or several, each explained for itself.
-        targets, baselines, along, steps, quadrature, chunk_size: as in `internal_influence`.
+        targets: as in `internal_influence`.
+        baselines: as in `internal_influence`.
+        along: as in `internal_influence`.
+        steps: as in `internal_influence`.
+        quadrature: as in `internal_influence`.
+        chunk_size: as in `internal_influence`.
 
     Returns:
         TensorDict keyed by site: each has the shape of the value there, with a leading dimension T for plural targets.
 
     Raises:
-        As `internal_influence`.
+        InputError: as `internal_influence`.
 
     Cost: as `internal_influence`, and `steps` forward-mode passes up to the sites, vmapped. The derivative dA/dalpha is exact;
     with the difference of A between path points in its place the error would be of order 1 / steps. Fused attention runs in

@@ -71,7 +71,7 @@ def expected_gradients(
 
     Raises:
         InputError: baselines that are no set for the inputs, a bad `samples`, `noise`, `chunk_size` or `generator`.
-        TargetError, SiteError, GradientError (grad mode is off). Warns for a model in train mode.
+            TargetError, SiteError, GradientError (grad mode is off). Warns for a model in train mode.
 
     Cost: `samples` forward passes, vmapped, whatever the number of targets; `samples * T` backward passes, vmapped. With `at`
     one pass for the inputs and one for all baselines come before. Memory does not grow with `samples` where `chunk_size` is

@@ -61,7 +61,7 @@ def guided_integrated_gradients(
 
     Raises:
         InputError: baselines that do not fit, a bad `steps`, `fraction`, `max_dist` or `chunk_size`.
-        TargetError, SiteError, GradientError (grad mode is off). Warns for a model in train mode.
+            TargetError, SiteError, GradientError (grad mode is off). Warns for a model in train mode.
 
     Cost: one forward pass, then `steps * T` forward and backward passes, T at a time and one step after the other; in each step
     one sort of the features and about 1 / `fraction` masked updates. A compiled graph has all steps unrolled.
@@ -136,7 +136,8 @@ def advance(alphas: Tensor, sizes: Tensor, distances: Tensor, alpha: float, frac
         sizes: of their gradients, of the same shape.
         distances: |x - x'|, Tensor [*B, n].
         alpha: where the straight line is after the step.
-        fraction, max_dist: as in `guided_integrated_gradients`.
+        fraction: as in `guided_integrated_gradients`.
+        max_dist: as in `guided_integrated_gradients`.
 
     Returns:
         Where the features are after the step.

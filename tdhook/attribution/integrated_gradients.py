@@ -108,7 +108,7 @@ def integrated_gradients(
     Raises:
         InputError: integer inputs without `at`, baselines that do not fit, a bad option, a `through` that something passes by,
             `steps="auto"` under vmap or compilation (where no step can depend on a value).
-        TargetError, SiteError, GradientError (grad mode is off). Warns for a model in train mode.
+            TargetError, SiteError, GradientError (grad mode is off). Warns for a model in train mode.
 
     Cost: `steps` forward passes, vmapped, whatever the number of targets; then `steps * T` backward passes, or `steps * G`
         forward-mode passes, or `steps * H` of both through a site, vmapped. With `at` the forward passes start at the sites,

@@ -59,8 +59,8 @@ def jacobian(
 
     Raises:
         InputError: integer inputs without `at`, tensors of another first dimension than the output, a bad `mode`, `outputs` or
-        `chunk_size`. TargetError: `outputs` gives no floating-point tensor [B, *out]. GradientError: grad mode is off, or
-        `mode="forward"` meets an operation without forward-mode derivative. SiteError. Warns for a model in train mode.
+            `chunk_size`. TargetError: `outputs` gives no floating-point tensor [B, *out]. GradientError: grad mode is off, or
+            `mode="forward"` meets an operation without forward-mode derivative. SiteError. Warns for a model in train mode.
 
     Cost: one forward pass and as many vmapped backward passes (reverse) or tangent passes (forward) as there are coordinates.
     `"auto"` adds a forward pass where it chooses forward, `at` adds one always. Forward mode runs attention unfused.

@@ -29,7 +29,8 @@ def token_grid(height: int | None = None, width: int | None = None, *, prefix: i
         [B, prefix + H * W, D]  ->  [B, D, H, W]
 
     Args:
-        height, width: H and W; one of them follows from the other, and without both the grid is square.
+        height: H; it follows from `width`, and without both the grid is square.
+        width: W, likewise.
         prefix: how many tokens (class, registers) come before those of the patches; they are left out.
 
     Returns:

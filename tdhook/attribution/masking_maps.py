@@ -49,7 +49,9 @@ def score_cam(
         targets: which scalars F of the output to explain; see `tdhook.targets`. As in the paper no softmax over classes is
             taken; for one pass `targets=lambda out: out.softmax(-1)[:, c]`.
         baselines: x': a number, or the structure of `inputs` with tensors that broadcast to the inputs' shapes.
-        relu, size, reshape: as `grad_cam`.
+        relu: as `grad_cam`.
+        size: as `grad_cam`.
+        reshape: as `grad_cam`.
         chunk_size: how many channels run at once; None for all. It bounds memory and does not change the result.
 
     Returns:
@@ -116,7 +118,8 @@ def ablation_cam(
         inputs: as `f` takes them.
         at: sites of activations [B, C, *spatial]. At each of several, the channels are zeroed there alone.
         targets: which scalars F of the output to explain; see `tdhook.targets`. None: the output is Tensor [B].
-        relu, size: as `grad_cam`.
+        relu: as `grad_cam`.
+        size: as `grad_cam`.
         reshape: as `grad_cam`. What it leaves out (a class token) is not zeroed.
         chunk_size: how many channels run at once; None for all. It bounds memory and does not change the result.
 
@@ -124,7 +127,7 @@ def ablation_cam(
         TensorDict keyed by site, of maps [B, *spatial] (or [B, *size]), with a leading dimension T for plural targets.
 
     Raises:
-        As `grad_cam`; no gradients are needed.
+        InputError: as `grad_cam`; no gradients are needed.
 
     Cost: one forward pass (of several sites: and one for each), and per site C + 1 passes, vmapped, of what comes after it,
     whatever the number of targets.

@@ -45,7 +45,12 @@ def neuron_conductance(
         through: for each site the units m: an index of the last axes (an int, a slice, or a tuple of them: `(c, h, w)` is one
             unit of feature maps [B, C, H, W]), or a mask or weights, Tensor that broadcasts to the value there. What flows
             through several sites is added up, so that of two sites, one after the other, what passes both counts twice.
-        targets, baselines, along, steps, quadrature, chunk_size: as in `internal_influence`.
+        targets: as in `internal_influence`.
+        baselines: as in `internal_influence`.
+        along: as in `internal_influence`.
+        steps: as in `internal_influence`.
+        quadrature: as in `internal_influence`.
+        chunk_size: as in `internal_influence`.
 
     Returns:
         Attributions in the structure of `inputs` (None in place of what does not move), or a TensorDict keyed by site for

@@ -42,7 +42,7 @@ def saliency(
 
     Raises:
         InputError: integer inputs without `at`, a bad `chunk_size`. TargetError, SiteError, GradientError (grad mode is off).
-        Warns for a model in train mode.
+            Warns for a model in train mode.
 
     Cost: one forward pass, whatever the number of targets, and T backward passes, vmapped, for all sites together. With `at`
     the forward runs once more, from the first site on.
@@ -93,7 +93,7 @@ def input_x_gradient(
 
     Raises:
         InputError: integer inputs without `at`, a bad `chunk_size`. TargetError, SiteError, GradientError (grad mode is off).
-        Warns for a model in train mode.
+            Warns for a model in train mode.
 
     Cost: as `saliency`.
 

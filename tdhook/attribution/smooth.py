@@ -58,8 +58,8 @@ def smooth(
 
     Raises:
         InputError: a bad option; and when called: inputs without a floating-point tensor, a noise of another structure,
-        relative noise for a tensor [B] (which has no range within an example), a method that returns something else than
-        tensors. What `method` raises.
+            relative noise for a tensor [B] (which has no range within an example), a method that returns something else than
+            tensors. What `method` raises.
 
     Cost: n times that of `method`, vmapped. Inside `vmap` the random draws need its `randomness="same"` or `"different"`; a
     `generator` cannot be compiled with `fullgraph=True`, the global one can.

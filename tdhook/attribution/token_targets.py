@@ -93,6 +93,8 @@ def next_tokens(
                 f"against has shape {list(against.shape)} for the tokens {start} to {ids.shape[-1] - 1} of ids; give shape "
                 f"{list(tokens.shape)} or {list(tokens.shape[-1:])}."
             )
+        # here and not in the target, since a transform would hide the values of what is made inside it
+        against = against.expand(tokens.shape)
 
     def choose(logits: Tensor) -> Tensor:
         if logits.shape[:-1] != ids.shape:
@@ -102,7 +104,7 @@ def next_tokens(
             )
         values = QUANTITIES[quantity](_predicting(logits, start))
         chosen = _picked("ids", values, tokens)
-        return chosen if against is None else chosen - _picked("against", values, against.expand(tokens.shape))
+        return chosen if against is None else chosen - _picked("against", values, against)
 
     return TokenTarget(choose, True, key)
 

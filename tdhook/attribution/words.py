@@ -34,7 +34,7 @@ def aggregate_tokens(scores: Tensor, groups: Sequence[int] | Tensor, *, axis: in
 
     Raises:
         InputError: scores that are no floating-point tensor, groups of another length or not from 0 on, no such axis, an
-        unknown reduction.
+            unknown reduction.
 
     Examples:
         >>> aggregate_tokens(torch.tensor([[1.0, -3.0, 5.0]]), [0, 0, 1])

@@ -48,7 +48,8 @@ def complexity(attributions: Any, *, batch_dims: int = 1) -> Tensor:
         H = -sum_i p_i log p_i, p_i = |phi_i| / sum_j |phi_j|
 
     Args:
-        attributions, batch_dims: as `sparseness`.
+        attributions: as `sparseness`.
+        batch_dims: as `sparseness`.
 
     Returns:
         Tensor [B], or [T, B], in nats; NaN for an attribution of zeros. Half types give float32.
@@ -73,7 +74,8 @@ def effective_complexity(attributions: Any, *, threshold: float = 1e-5, batch_di
         #{i: |phi_i| > threshold}
 
     Args:
-        attributions, batch_dims: as `sparseness`.
+        attributions: as `sparseness`.
+        batch_dims: as `sparseness`.
         threshold: in units of the attributions, at least 0; normalise them first for one that is relative.
 
     Returns:

@@ -19,7 +19,8 @@ def pearson(a: Tensor, b: Tensor) -> Tensor:
         r = sum_i (a_i - mean a) (b_i - mean b) / (|a - mean a| |b - mean b|)
 
     Args:
-        a, b: Tensors [*lead, D], of shapes that broadcast.
+        a: Tensor [*lead, D].
+        b: Tensor of a shape that broadcasts to it.
 
     Returns:
         Tensor [*lead]; NaN where either is constant to rounding, or holds a NaN.
@@ -43,7 +44,8 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
         rho = pearson(average_ranks(a), average_ranks(b))
 
     Args:
-        a, b: Tensors [*lead, D], of shapes that broadcast.
+        a: Tensor [*lead, D].
+        b: Tensor of a shape that broadcasts to it.
 
     Returns:
         Tensor [*lead]; NaN where either is constant, or holds a NaN.

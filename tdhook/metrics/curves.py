@@ -152,7 +152,7 @@ def pixel_flipping(
 
     Raises:
         InputError: attributions, baselines or groups that do not fit, a bad `order`, `steps` or `chunk_size`. TargetError,
-        SiteError. Warns for a model in train mode.
+            SiteError. Warns for a model in train mode.
 
     Cost: (K + 1) * T + 1 forward passes, vmapped: each target has an order of its own.
 

@@ -122,7 +122,7 @@ def infidelity(
 
     Raises:
         InputError: attributions that do not fit, a perturbation of another structure or shape, a bad `samples`, `chunk_size` or
-        `generator`. TargetError, SiteError. Warns for a model in train mode.
+            `generator`. TargetError, SiteError. Warns for a model in train mode.
 
     Cost: `samples` + 1 forward passes, vmapped. Two numbers per sample, example and target are kept. Inside a vmap the draws
     need its `randomness="different"` or `"same"`; a `generator` cannot be compiled with `fullgraph=True`, the global one can.

@@ -52,7 +52,9 @@ def relevance_rank_accuracy(attributions: Any, masks: Any, *, absolute: bool = F
         |{the K largest phi} and mask| / K
 
     Args:
-        attributions, masks, batch_dims: as `relevance_mass_accuracy`.
+        attributions: as `relevance_mass_accuracy`.
+        masks: as `relevance_mass_accuracy`.
+        batch_dims: as `relevance_mass_accuracy`.
         absolute: rank by |phi| instead of phi.
 
     Returns:
@@ -82,7 +84,9 @@ def top_k_intersection(attributions: Any, masks: Any, *, k: int, absolute: bool 
         |{the k largest phi} and mask| / k
 
     Args:
-        attributions, masks, batch_dims: as `relevance_mass_accuracy`.
+        attributions: as `relevance_mass_accuracy`.
+        masks: as `relevance_mass_accuracy`.
+        batch_dims: as `relevance_mass_accuracy`.
         k: how many, at most all features.
         absolute: rank by |phi| instead of phi.
 
@@ -114,7 +118,9 @@ def pointing_game(attributions: Any, masks: Any, *, tolerance: int = 0, absolute
         1 if argmax_i phi_i is in the mask, else 0
 
     Args:
-        attributions, masks, batch_dims: as `relevance_mass_accuracy`.
+        attributions: as `relevance_mass_accuracy`.
+        masks: as `relevance_mass_accuracy`.
+        batch_dims: as `relevance_mass_accuracy`.
         tolerance: a maximum within this distance in pixels (Euclidean, along the last two axes) of the mask is a hit too; the
             paper has 15.
         absolute: the largest |phi| instead of phi.

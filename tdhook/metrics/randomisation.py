@@ -81,7 +81,7 @@ def model_parameter_randomisation(
 
     Raises:
         InputError: params without floating-point tensors, layers that are unknown or overlap, attributions that do not fit
-        `batch_dims`, or a bad option. What `method` raises.
+            `batch_dims`, or a bad option. What `method` raises.
 
     Cost: N + 1 calls of `method`, vmapped over stacked parameters, of which only those that differ are stacked. Inside a vmap
     the draws need its `randomness="different"` or `"same"`; a `generator` cannot be compiled with `fullgraph=True`, the
@@ -150,7 +150,7 @@ def random_logit(
 
     Raises:
         InputError: a bad option, a method that returns something else than attributions [1 + n, B, ...]. TargetError: targets
-        out of range, an output with a single class or of another shape. What `method` raises.
+            out of range, an output with a single class or of another shape. What `method` raises.
 
     Cost: one forward pass, and one call of `method` for 1 + n targets. Inside a vmap the draws need its
     `randomness="different"` or `"same"`; a `generator` cannot be compiled with `fullgraph=True`, the global one can.

@@ -64,7 +64,7 @@ def road(
 
     Raises:
         InputError: inputs that are no images, attributions that do not fit, bad `percentiles`, `order`, `noise`, `solver`,
-        `chunk_size` or `generator`. TargetError. Warns for a model in train mode.
+            `chunk_size` or `generator`. TargetError. Warns for a model in train mode.
 
     Cost: K * T + 1 forward passes, vmapped, and as many imputations of each image. Inside a vmap the draw needs its
     `randomness="different"` or `"same"`; a `generator` cannot be compiled with `fullgraph=True`, the global one can.

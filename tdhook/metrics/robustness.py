@@ -56,7 +56,7 @@ def max_sensitivity(
 
     Raises:
         InputError: inputs without a floating-point tensor, attributions that do not fit `batch_dims`, a bad option. What
-        `method` raises.
+            `method` raises.
 
     Cost: `samples` + 1 calls of `method`, vmapped. Inside a vmap the draws need its `randomness="different"` or `"same"`; a
     `generator` cannot be compiled with `fullgraph=True`, the global one can.

@@ -40,7 +40,14 @@ def sensitivity_n(
         corr_S [sum_{i in S} phi_i, F(x) - F(x with S from x')] over random S of size n
 
     Args:
-        f, params, inputs, attributions, targets, baselines, at, groups: as `pixel_flipping`.
+        f: as `pixel_flipping`.
+        params: as `pixel_flipping`.
+        inputs: as `pixel_flipping`.
+        attributions: as `pixel_flipping`.
+        targets: as `pixel_flipping`.
+        baselines: as `pixel_flipping`.
+        at: as `pixel_flipping`.
+        groups: as `pixel_flipping`.
         n: size of the subsets, or several of them (the paper takes sizes from 1 to 0.8 D, evenly on a logarithmic scale).
         samples: number of subsets of each size, drawn without replacement for each example on its own; all targets see the
             same. Subsets may come again.
@@ -53,7 +60,7 @@ def sensitivity_n(
 
     Raises:
         InputError: attributions, baselines or groups that do not fit, `n` that is no number of features, fewer than 2 samples,
-        a bad `chunk_size` or `generator`. TargetError, SiteError. Warns for a model in train mode.
+            a bad `chunk_size` or `generator`. TargetError, SiteError. Warns for a model in train mode.
 
     Cost: `samples` * N + 1 forward passes, vmapped. Inside a vmap the draws need its `randomness="different"` or `"same"`; a
     `generator` cannot be compiled with `fullgraph=True`, the global one can.
@@ -103,10 +110,18 @@ def faithfulness_correlation(
         corr_S [sum_{i in S} phi_i, F(x) - F(x with S from x')] over random S, |S| = subset_size
 
     Args:
-        f, params, inputs, attributions, targets, baselines, at, groups: as `pixel_flipping`. The paper's baselines are the mean
-            of the training data.
+        f: as `pixel_flipping`.
+        params: as `pixel_flipping`.
+        inputs: as `pixel_flipping`.
+        attributions: as `pixel_flipping`.
+        targets: as `pixel_flipping`.
+        baselines: as `pixel_flipping`. The paper's are the mean of the training data.
+        at: as `pixel_flipping`.
+        groups: as `pixel_flipping`.
         subset_size: number of features in each subset.
-        samples, chunk_size, generator: as `sensitivity_n`.
+        samples: as `sensitivity_n`.
+        chunk_size: as `sensitivity_n`.
+        generator: as `sensitivity_n`.
         similarity: `"pearson"` (the paper's), `"spearman"`, or a function of two tensors [*lead, S] to [*lead].
 
     Returns:
