@@ -11,18 +11,11 @@
 """
 
 from .ablation import feature_ablation, feature_permutation
-from .activation_maps import (
-    eigen_cam,
-    eigen_grad_cam,
-    grad_cam,
-    grad_cam_plus_plus,
-    hires_cam,
-    layer_cam,
-    x_grad_cam,
-)
+from .activation_maps import grad_cam, grad_cam_plus_plus, hires_cam, layer_cam, x_grad_cam
 from .activation_maximization import Maximization, activation_maximization, l2_norm, total_variation
 from .adversarial import cross_entropy, fgsm, pgd
 from .conductance import internal_influence, layer_conductance
+from .eigen_maps import eigen_cam, eigen_grad_cam
 from .expected_gradients import expected_gradients
 from .guided_backpropagation import guided_backpropagation
 from .guided_grad_cam import guided_grad_cam

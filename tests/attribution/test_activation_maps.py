@@ -17,14 +17,13 @@ from torch.func import vmap
 import tdhook
 from tdhook import functionalize, targets
 from tdhook.attribution.activation_maps import (
-    eigen_cam,
-    eigen_grad_cam,
     grad_cam,
     grad_cam_plus_plus,
     hires_cam,
     layer_cam,
     x_grad_cam,
 )
+from tdhook.attribution.eigen_maps import eigen_cam, eigen_grad_cam
 from tdhook.attribution.maps import token_grid
 from tdhook.core import errors
 
