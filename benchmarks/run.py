@@ -20,7 +20,16 @@ from .machine import machine, now, versions
 from .report import picture, table
 from .runner import measure
 
-TASKS = ("integrated_gradients", "activation_patching", "calls", "memory")
+TASKS = (
+    "integrated_gradients",
+    "attribution_targets",
+    "certified_error",
+    "perturbation",
+    "activation_maps",
+    "activation_patching",
+    "calls",
+    "memory",
+)
 
 
 def run_task(name: str, options: Options, folder: Path, only_case: str = "") -> None:

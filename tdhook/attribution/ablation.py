@@ -13,9 +13,10 @@ from ..core.errors import InputError
 from ..core.estimate import Estimate, Moments
 from ..core.explained import explained
 from ..core.progress import Progress
+from ..core.randomness import require_generator, uniform_rows
 from ..core.targets import Targets, check
 from ..core.transforms import Sites
-from .coalitions import Game, game, require_generator, tracked, uniform
+from .coalitions import Game, game, tracked
 from .paths import straight_path
 
 
@@ -54,8 +55,9 @@ def feature_ablation(
 
     Returns:
         Attributions in the structure of `inputs` (None in place of what is passed through), or a TensorDict keyed by site for
-        `at`; each has the shape of what it explains, with a leading dimension T for plural targets. All elements of a group
-        have the score of the group.
+        `at`; each has the shape of what it explains, with a leading dimension T for plural targets. With `groups` one Tensor
+        [B, G] or [T, B, G], of all explained tensors together: `scores[..., ids]` paints them on one whose ids have no batch
+        axis. Where the target is a scalar for the whole batch there is no B.
 
     Raises:
         InputError: baselines, groups or a `chunk_size` that do not fit. TargetError, SiteError. Warns for a model in train
@@ -72,7 +74,7 @@ def feature_ablation(
         >>> torch.allclose(each, params["weight"][0] * x, atol=1e-6)
         True
         >>> both = feature_ablation(f, params, x, targets=0, groups=torch.tensor([0, 0, 1]))
-        >>> torch.allclose(both[:, 0], each[:, :2].sum(-1), atol=1e-6)
+        >>> torch.allclose(both, torch.stack([each[:, :2].sum(-1), each[:, 2]], -1), atol=1e-6)
         True
     """
     require_positive("chunk_size", chunk_size, optional=True)
@@ -83,7 +85,7 @@ def feature_ablation(
     rows = torch.arange(played.groups.count, device=played.device)
     parts = tracked(len(rows), chunk_size, progress)
     without = [played.each(lambda g: played.keep(played.groups.without(g)), rows[part]) for part in parts]
-    return played.spread((played.whole - torch.cat(without)).movedim(0, -1))
+    return played.result((played.whole - torch.cat(without)).movedim(0, -1))
 
 
 def feature_permutation(
@@ -117,8 +119,8 @@ def feature_permutation(
         progress: called as `progress(done, total)`, in permutations.
 
     Returns:
-        `Estimate` of the attributions, in the structure of `inputs` as for `feature_ablation`, over the permutations of this
-        batch. The standard error is NaN for a single permutation.
+        `Estimate` of the attributions over the permutations of this batch, its value and standard error as the result of
+        `feature_ablation`. The standard error is NaN for a single permutation.
 
     Raises:
         InputError: a batch of one example, no batch; otherwise as `feature_ablation`.
@@ -150,13 +152,13 @@ def feature_permutation(
         drawn = Moments.of(_shuffled(played, generator, chunk_size)[None])
         moments = drawn if moments is None else moments + drawn
     assert moments is not None
-    return Estimate(played.spread(moments.mean), played.spread(moments.standard_error), samples)
+    return Estimate(played.result(moments.mean), played.result(moments.standard_error), samples)
 
 
 def _shuffled(played: Game, generator: torch.Generator | None, chunk_size: int | None) -> Tensor:
     """The changes [B, T, G] for one permutation of each group."""
     count, batch = played.groups.count, len(played.whole)
-    order = uniform(1, count * batch, generator, played.device).reshape(count, batch).argsort(-1)
+    order = uniform_rows(1, count * batch, generator, played.device).reshape(count, batch).argsort(-1)
     rows = torch.arange(count, device=played.device)
 
     def move(row: Tensor, examples: Tensor) -> list[Tensor]:

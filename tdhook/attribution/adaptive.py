@@ -112,7 +112,7 @@ class Search:
         self.sample, self.max_steps, self.floor = sample, max_steps, floor
         self.pieces = [[Piece(0.0, 1.0)] for _ in range(examples)]
         self.used = [0] * examples
-        self._run([[(piece, LEVELS[0]) for piece in each] for each in self.pieces])
+        self._run([[(piece, LEVELS[1]) for piece in each] for each in self.pieces])
 
     def nodes(self, tolerance: float) -> list[tuple[Array, Array]]:
         """Nodes and weights for each example, at a tolerance relative to the true value of the integral."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from ..core.errors import InputError
 from ..core.explained import Explained
 from ..core.groups import Groups, feature_groups
 from ..core.progress import Progress
+from ..core.randomness import require_generator as require_generator  # for files that still import it from here
 from ..core.structure import describe
 from ..core.targets import Targets, select
 
@@ -62,9 +64,17 @@ class Game:
         """The target values [*B, T] with nothing present."""
         return self.values(list(self.starts))
 
-    def spread(self, scores: Tensor) -> Any:
-        """The result of a method from scores [*B, T, G]: each element gets the score of its group."""
-        return self.restructure(self.groups.spread(scores.movedim(-2, 0)))
+    def result(self, scores: Tensor) -> Any:
+        """The result of a method from scores [*B, T, G].
+
+        In the structure of what is explained where every element is a group of its own; otherwise one Tensor, [*B, G] or
+        [T, *B, G].
+        """
+        by_target = scores.movedim(-2, 0)
+        if self.groups.single:
+            return self.restructure(self.groups.spread(by_target))
+        dtype = functools.reduce(torch.promote_types, (value.dtype for value in self.what.values))
+        return (by_target if self.plural else by_target[0]).to(dtype)
 
     def restructure(self, results: Sequence[Tensor]) -> Any:
         """The result of a method from tensors [T, *shape]."""
@@ -97,15 +107,3 @@ def tracked(length: int, chunk_size: int | None, progress: Progress | None) -> I
         yield part
         if progress is not None:
             progress(part.stop, length)
-
-
-def uniform(count: int, length: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """Random numbers [count, length] on a device, drawn row by row so that they do not depend on how rows are chunked."""
-    source = device if generator is None else generator.device
-    return torch.stack([torch.rand(length, generator=generator, device=source) for _ in range(count)]).to(device)
-
-
-def require_generator(generator: Any) -> None:
-    """Raises `InputError` for what is no generator."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise InputError(f"generator is {describe(generator)}; give a torch.Generator, torch.Generator().manual_seed(0) say.")

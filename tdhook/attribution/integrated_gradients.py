@@ -36,7 +36,7 @@ class PathIntegral(NamedTuple):
         attributions: in the structure of what is explained.
         error: Tensor [B] or [T, B]: |sum_i attribution_i - (F(x) - F(x'))|, measured on the result. Where the examples share a
             tensor that moves, only the sum over them is known: [] or [T].
-        converged: of the same shape: whether the error is within the tolerance.
+        converged: of the same shape: whether the error is within the tolerance, or within what rounding leaves of F.
         steps: Tensor [B]: the number of path points at which gradients were taken; [] where the examples share them.
     """
 
@@ -186,7 +186,8 @@ def convergence_delta(
     check(targets)
     line = straight_path(f, params, inputs, baselines, at, path)
     what = Integrand(line, targets, True)
-    difference = what.difference()
+    before, after = what.ends()
+    difference = after - before
     plural = what.several[0]
     given = line.explained.flatten("attributions", attributions)
     for attribution, end in zip(given, line.ends):
@@ -216,7 +217,7 @@ def _require_options(
     if isinstance(steps, str) and steps != "auto":
         raise InputError(f"steps={steps!r} is unknown; give a number of path points or 'auto'.")
     if steps == "auto":
-        require_positive("max_steps", max_steps, least=5)
+        require_positive("max_steps", max_steps, least=9)
         if not isinstance(tolerance, float) or not 0 < tolerance < 1:
             raise InputError(f"tolerance={tolerance!r} is relative to F(x) - F(x'); give a float between 0 and 1.")
         if not multiply:
@@ -281,13 +282,15 @@ def _adaptive(
     if is_wrapped(end):
         raise InputError("steps='auto' chooses nodes by value, which vmap and grad cannot; give a number of steps.")
     with torch.no_grad():
-        difference = what.difference()
-    batch = tuple(difference.shape[1:])
+        before, after = what.ends()
+    batch = tuple(after.shape[1:])
     if any(e.shape[: len(batch)] != batch for e in what.path.ends):
         # A tensor that all examples share: they share the nodes, and completeness holds for their sum.
-        batch, difference = (), difference.sum(1)
+        batch, before, after = (), before.sum(1), after.sum(1)
+    difference = after - before
     dtype = torch.promote_types(end.dtype, torch.float32)
     eps = torch.finfo(difference.dtype).eps
+    allowed = tolerance * difference.abs() + 32 * eps * torch.maximum(before.abs(), after.abs())
     sample = sampler(lambda alpha: what.scores(what.path.points(alpha)), batch, dtype, end.device, chunk_size)
     search = Search(sample, batch[0] if batch else 1, max_steps, 8 * eps)
     missed: list[int] = []
@@ -297,7 +300,7 @@ def _adaptive(
         nodes = Nodes.padded(search.nodes(tolerance), batch, end)
         results = integrate(nodes)
         error = (_summed(results, difference) - difference).abs()
-        converged = error <= tolerance * difference.abs() + 64 * eps * difference.abs()
+        converged = error <= allowed
         each = converged.all(0).tolist() if batch else [bool(converged.all())]
         missed = [e for e, good in enumerate(each) if not good and search.used[e] < max_steps / 2]
         if not missed:

@@ -12,9 +12,10 @@ from ..core.checks import require_positive, warn_if_stochastic
 from ..core.errors import InputError
 from ..core.estimate import Estimate
 from ..core.progress import Progress
+from ..core.randomness import require_generator, uniform_rows
 from ..core.targets import Targets, check
 from ..core.transforms import Sites
-from .coalitions import Game, game, require_generator, tracked, uniform
+from .coalitions import Game, game, tracked
 from .paths import straight_path
 from .regression import least_squares
 from .shapley import exact_values
@@ -58,8 +59,9 @@ def kernel_shap(
         progress: called as `progress(done, total)`, in coalitions or, where they are sampled, pairs of them.
 
     Returns:
-        `Estimate` of the attributions, in the structure of `inputs`, as of `feature_ablation`. An exact one has the standard
-        error 0 and 2^G samples. Otherwise it is the heteroscedasticity-consistent (HC2) one of the regression over pairs; NaN
+        `Estimate` of the attributions, its value and standard error as the result of `feature_ablation`: in the structure of
+        `inputs`, or with `groups` a Tensor [B, G] or [T, B, G] each. An exact one has the standard error 0 and 2^G samples.
+        Otherwise it is the heteroscedasticity-consistent (HC2) one of the regression over pairs; NaN
         where the coalitions drawn do not determine the attributions (more samples are needed).
 
     Raises:
@@ -86,14 +88,14 @@ def kernel_shap(
     count = played.groups.count
     if 2**count <= samples:
         values = exact_values(played, chunk_size, progress)
-        return Estimate(played.spread(values), played.spread(torch.zeros_like(values)), 2**count)
+        return Estimate(played.result(values), played.result(torch.zeros_like(values)), 2**count)
     if samples % 2 or samples < 2 * count:
         raise InputError(
             f"samples={samples} for {count} groups; give an even number of at least {2 * count}, or fewer groups: up to "
             f"{samples.bit_length() - 1} of them would be exact."
         )
     values, errors = _sampled(played, samples // 2, generator, chunk_size, progress)
-    return Estimate(played.spread(values), played.spread(errors), samples)
+    return Estimate(played.result(values), played.result(errors), samples)
 
 
 def _sampled(
@@ -125,6 +127,6 @@ def _coalitions(number: int, count: int, generator: torch.Generator | None, devi
     """Coalitions [number, G] drawn from the Shapley kernel: a size, and that many random members."""
     sizes = torch.arange(1, count, dtype=torch.float64, device=device)
     chances = (1 / (sizes * (count - sizes))).cumsum(0)
-    drawn = uniform(number, count + 1, generator, device)
+    drawn = uniform_rows(number, count + 1, generator, device)
     size = 1 + torch.searchsorted(chances / chances[-1], drawn[:, 0].double(), right=True).clamp(max=count - 2)
     return drawn[:, 1:].argsort(-1) < size[:, None]

@@ -14,10 +14,11 @@ from ..core.checks import require_positive, warn_if_stochastic
 from ..core.errors import InputError
 from ..core.estimate import Estimate
 from ..core.progress import Progress
+from ..core.randomness import require_generator, uniform_rows
 from ..core.structure import describe
 from ..core.targets import Targets, check
 from ..core.transforms import Sites
-from .coalitions import game, require_generator, tracked, uniform
+from .coalitions import game, tracked
 from .paths import straight_path
 from .regression import ROWS, least_squares
 
@@ -72,9 +73,10 @@ def lime(
         progress: called as `progress(done, total)`, in masks.
 
     Returns:
-        `Estimate` of the attributions, in the structure of `inputs`, as of `feature_ablation`. The standard error is that of
-        weighted least squares over masks drawn anew, consistent for residuals of any variance (HC2); it does not count how
-        far `ridge` shrinks the result. It is NaN where the masks do not determine the coefficients, and for a `regressor`.
+        `Estimate` of the attributions, its value and standard error as the result of `feature_ablation`: in the structure of
+        `inputs`, or with `groups` a Tensor [B, G] or [T, B, G] each. The standard error is that of weighted least squares
+        over masks drawn anew, consistent for residuals of any variance (HC2); it does not count how far `ridge` shrinks the
+        result. It is NaN where the masks do not determine the coefficients, and for a `regressor`.
 
     Raises:
         InputError: an unknown kernel, a width or ridge that does not fit, a regressor without `fit`; otherwise as
@@ -100,7 +102,8 @@ def lime(
     path = straight_path(f, params, inputs, baselines, at)
     played = game(path.explained, path.starts, targets, groups)
     drawn = [
-        uniform(part.stop - part.start, played.groups.count, generator, played.device) < 0.5 for part in chunks(samples, ROWS)
+        uniform_rows(part.stop - part.start, played.groups.count, generator, played.device) < 0.5
+        for part in chunks(samples, ROWS)
     ]
     present = torch.cat(drawn)
     weights = _weights(present, kernel, kernel_width)
@@ -112,7 +115,7 @@ def lime(
         fitted = _each_fitted(regressor, present, weights, outcomes)
         errors = torch.full_like(fitted, torch.nan)
     shape = (*played.whole.shape, played.groups.count)
-    return Estimate(played.spread(fitted.reshape(shape)), played.spread(errors.reshape(shape)), samples)
+    return Estimate(played.result(fitted.reshape(shape)), played.result(errors.reshape(shape)), samples)
 
 
 def _require(kernel: Kernel, kernel_width: float | None, ridge: float, regressor: Any) -> None:

@@ -84,10 +84,10 @@ class Integrand:
         """The target values [*B, T]."""
         return self.chosen(self.path.explained.evaluate(moved))
 
-    def difference(self) -> Tensor:
-        """F at the end of the path minus F at its start: [T, *B]."""
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """F at the start of the path and at its end, each [T, *B]: two forward passes."""
         start, end = self.path.ends_of_curve()
-        return (self.scores(end) - self.scores(start)).movedim(-1, 0)
+        return self.scores(start).movedim(-1, 0), self.scores(end).movedim(-1, 0)
 
     def scores_at_end(self) -> Tensor:
         """The target values [*B, T] of the inputs themselves, without a gradient: one forward pass."""

@@ -57,7 +57,9 @@ def sequence_attribution(
         at: the site of the embedding, `"model.embed_tokens"` say, or another that holds [B, L, D].
         start: position of the first generated token, from 1 to L - 1; the same for all examples, as with padding on the left.
         method: a function with the signature of the library's methods: `saliency`,
-            `functools.partial(integrated_gradients, baselines={site: mean_embedding}, steps=20)`.
+            `functools.partial(integrated_gradients, baselines=other_ids, steps=20)`. With one group for each token,
+            `partial(feature_ablation, baselines={site: 0.0}, groups={site: torch.arange(L)[:, None]})`, there is nothing left
+            for `reduce` to do.
         quantity: what of each generated token is explained: `"logit"`, `"probability"`, `"log_probability"`, `"entropy"`, or
             a target with G columns, such as `kl_divergence(reference_logits, start)`.
         against: integer Tensor [B, G] or [G]: explain this token instead of that, see `next_tokens`.
@@ -114,12 +116,15 @@ def sequence_attribution(
     options = {} if chunk_size is None else {"chunk_size": chunk_size}
     attributions = _one_tensor(method(f, params, inputs, targets=targets, at=at, **options))
     shape = (tokens.shape[-1] - start, *tokens.shape)
-    if attributions.shape[:-1] != shape:
+    if attributions.shape == shape:  # of groups, one for each token
+        scores = attributions
+    elif attributions.shape[:-1] == shape:
+        scores = reduce(attributions) if callable(reduce) else REDUCTIONS[reduce](attributions)
+    else:
         raise InputError(
             f"method returned {describe(attributions)} where shape {[*shape, 'D']} is expected; at has to hold one vector for "
             "each token, and quantity one value for each generated token."
         )
-    scores = reduce(attributions) if callable(reduce) else REDUCTIONS[reduce](attributions)
     if not isinstance(scores, Tensor) or scores.shape != shape:
         raise InputError(f"reduce returned {describe(scores)} where a tensor of shape {list(shape)} is expected.")
     scores = scores.movedim(0, -2)
@@ -200,6 +205,6 @@ def _one_tensor(result: Any) -> Tensor:
     if not isinstance(result, Tensor):
         raise InputError(
             f"method returned {describe(result)} where a TensorDict with one site is expected; choose it: "
-            "method=lambda *args, **options: method(*args, **options).value, say."
+            "method=lambda *args, **options: method(*args, **options).attributions, say."
         )
     return result

@@ -13,9 +13,10 @@ from ..core.checks import require_positive, warn_if_stochastic
 from ..core.errors import InputError
 from ..core.estimate import Estimate, Moments
 from ..core.progress import Progress
+from ..core.randomness import require_generator, uniform_rows
 from ..core.targets import Targets, check
 from ..core.transforms import Sites
-from .coalitions import Game, game, require_generator, tracked, uniform
+from .coalitions import Game, game, tracked
 from .paths import straight_path
 
 
@@ -51,7 +52,7 @@ def shapley_values(
         progress: called as `progress(done, total)`, in coalitions.
 
     Returns:
-        Attributions in the structure of `inputs`, as of `feature_ablation`: each element has the value of its group.
+        Attributions as of `feature_ablation`: in the structure of `inputs`, or with `groups` one Tensor [B, G] or [T, B, G].
 
     Raises:
         InputError: more groups than `max_features`; otherwise as `feature_ablation`.
@@ -65,7 +66,7 @@ def shapley_values(
         >>> shapley_values(f, None, torch.tensor([[1.0, 2.0, 3.0]]))
         tensor([[2., 2., 2.]])
         >>> shapley_values(f, None, torch.tensor([[1.0, 2.0, 3.0]]), groups=torch.tensor([0, 0, 1]))
-        tensor([[3., 3., 3.]])
+        tensor([[3., 3.]])
     """
     require_positive("max_features", max_features)
     require_positive("chunk_size", chunk_size, optional=True)
@@ -79,7 +80,7 @@ def shapley_values(
             f"{count} groups need 2^{count} = {2**count:,} forward passes; give fewer groups, raise "
             f"max_features={max_features}, or use shapley_value_sampling or kernel_shap."
         )
-    return played.spread(exact_values(played, chunk_size, progress))
+    return played.result(exact_values(played, chunk_size, progress))
 
 
 def exact_values(played: Game, chunk_size: int | None, progress: Progress | None) -> Tensor:
@@ -139,8 +140,9 @@ def shapley_value_sampling(
         progress: called as `progress(done, total)`, in orders.
 
     Returns:
-        `Estimate` of the attributions, in the structure of `inputs`, as of `feature_ablation`. The standard error is that of
-        the mean over orders, or over pairs of them, which are independent; NaN for a single one.
+        `Estimate` of the attributions, its value and standard error as the result of `feature_ablation`: in the structure of
+        `inputs`, or with `groups` a Tensor [B, G] or [T, B, G] each. The standard error is that of the mean over orders, or
+        over pairs of them, which are independent; NaN for a single one.
 
     Raises:
         InputError: an odd number of `samples` with `antithetic`; otherwise as `feature_ablation`.
@@ -171,14 +173,14 @@ def shapley_value_sampling(
     at_once = None if chunk_size is None else max(1, chunk_size // runs)
     moments = None
     for part in tracked(samples // pair, at_once, None if progress is None else lambda i, n: progress(pair * i, pair * n)):
-        ranks = uniform(part.stop - part.start, played.groups.count, generator, played.device).argsort(-1)
+        ranks = uniform_rows(part.stop - part.start, played.groups.count, generator, played.device).argsort(-1)
         if antithetic:
             ranks = torch.stack([ranks, played.groups.count - 1 - ranks], 1).flatten(0, 1)
         marginal = _marginals(played, empty, ranks, chunk_size)
         drawn = Moments.of(marginal.unflatten(0, (-1, pair)).mean(1))
         moments = drawn if moments is None else moments + drawn
     assert moments is not None
-    return Estimate(played.spread(moments.mean), played.spread(moments.standard_error), samples)
+    return Estimate(played.result(moments.mean), played.result(moments.standard_error), samples)
 
 
 def _marginals(played: Game, empty: Tensor, ranks: Tensor, chunk_size: int | None) -> Tensor:

@@ -15,6 +15,7 @@ from ..core.checks import require_positive
 from ..core.errors import InputError
 from ..core.estimate import Estimate, Moments
 from ..core.explained import Explained, explained_inputs, moving_leaves
+from ..core.randomness import normal_like, require_generator, stacked
 from ..core.structure import describe
 
 KINDS = ("mean", "square", "variance")
@@ -49,7 +50,7 @@ def smooth(
         kind: `"mean"`, `"square"` or `"variance"`.
         chunk_size: how many noisy copies run at once; None for all. It bounds memory and does not change the draws or the
             result. The method has its own `chunk_size`, given when the result is called.
-        generator: source of the noise, on the device of the inputs; it moves on with every call. None: torch's global one.
+        generator: source of the noise; it moves on with every call. None: torch's global one.
 
     Returns:
         `smoothed(f, params, inputs, **options) -> Estimate`: called as `method` is, with `value` in the structure of what that
@@ -87,8 +88,7 @@ def smooth(
     if kind == "variance" and samples < 2:
         raise InputError(f"samples={samples} has no variance; give at least 2.")
     require_positive("chunk_size", chunk_size, optional=True)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise InputError(f"generator is {describe(generator)}; give a torch.Generator, as torch.Generator().manual_seed(0).")
+    require_generator(generator)
     if isinstance(noise, (bool, int, float)):
         _require_strength(noise)
 
@@ -100,11 +100,6 @@ def smooth(
             )
         what = explained_inputs(lambda _, noisy: method(f, params, noisy, **options), params, inputs)
         scales = _scales(what, noise, relative)
-        if generator is not None and generator.device.type != what.values[0].device.type:
-            raise InputError(
-                f"generator is on {generator.device}, the inputs on {what.values[0].device}; give "
-                f"torch.Generator({str(what.values[0].device)!r})."
-            )
         structures = []
 
         def attributed(noisy: list[Tensor]) -> list[Tensor]:
@@ -163,12 +158,7 @@ def _range(value: Tensor) -> Tensor:
 
 def _noisy(values: list[Tensor], scales: list[Tensor | float], count: int, generator: torch.Generator | None) -> list[Tensor]:
     """Noisy copies of the values, each [count, *shape], drawn one copy after the other so that chunks do not change them."""
-
-    def draw(value: Tensor) -> Tensor:
-        return torch.randn(value.shape, generator=generator, dtype=value.dtype, device=value.device)
-
-    copies = [[value + scale * draw(value) for value, scale in zip(values, scales)] for _ in range(count)]
-    return [torch.stack(each) for each in zip(*copies)]
+    return stacked(lambda: [value + scale * normal_like(value, generator) for value, scale in zip(values, scales)], count)
 
 
 def _tensors(leaves: list[Any]) -> list[Tensor]:

@@ -235,6 +235,4 @@ def _require_ids(name: str, ids: Any) -> None:
 def _require_start(start: Any, length: int) -> None:
     require_positive("start", start)
     if start >= length:
-        raise InputError(
-            f"start={start} is out of range for {length} tokens; the first token to explain is from 1 to {length - 1}."
-        )
+        raise InputError(f"start={start} is out of range for {length} tokens; it is the position of one that follows another.")

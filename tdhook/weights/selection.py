@@ -35,7 +35,8 @@ def require_params(name: str, params: Any, single: bool = False) -> None:
 
 def flat(params: TensorDictBase) -> dict[Key, Tensor]:
     """Every tensor under its path, in the order of `params`."""
-    return {key if isinstance(key, tuple) else (key,): value for key, value in params.items(True, True)}
+    named = ((key if isinstance(key, tuple) else (key,), value) for key, value in params.items(True, True))
+    return {key: value for key, value in named if isinstance(value, Tensor)}
 
 
 def nest(tensors: Mapping[Key, Any], batch_size: Sequence[int] = ()) -> TensorDict:
@@ -51,7 +52,17 @@ def nest(tensors: Mapping[Key, Any], batch_size: Sequence[int] = ()) -> TensorDi
 
 def replaced(params: TensorDictBase, tensors: Mapping[Key, Tensor]) -> TensorDict:
     """`params` with some tensors replaced; the others are shared, with memory-mapped ones as they are."""
-    return nest({**flat(params), **tensors}, params.batch_size)
+    return _replaced(params, tensors, ())
+
+
+def _replaced(level: TensorDictBase, tensors: Mapping[Key, Tensor], path: Key) -> TensorDict:
+    items = {
+        name: _replaced(value, tensors, (*path, name))
+        if isinstance(value, TensorDictBase)
+        else tensors.get((*path, name), value)
+        for name, value in level.items()
+    }
+    return TensorDict(items, batch_size=level.batch_size)
 
 
 def parameter_name(key: Key) -> str:
@@ -159,5 +170,6 @@ def require_same_structure(first: str, a: TensorDictBase, second: str, b: Tensor
         x, y = one[key], other[key]
         if x.shape != y.shape or x.dtype != y.dtype or x.device != y.device:
             raise ParamsError(
-                f"{parameter_name(key)!r} is {describe(x)} on {x.device} in {first} but {describe(y)} on {y.device} in {second}."
+                f"{parameter_name(key)!r} is {describe(x)} on {x.device} in {first}, but {describe(y)} on {y.device} in "
+                f"{second}."
             )

@@ -85,6 +85,17 @@ def by_orders(function, x: Tensor, baseline: Tensor) -> Tensor:
     return total / len(orders)
 
 
+def painted(scores, ids):
+    """For every element the score of its group: from scores [*T, B, G] and ids with a batch axis of 1 or B, as captum takes them.
+
+    The ids, and then the result, are a tensor or a tuple of them.
+    """
+    if isinstance(ids, tuple):
+        return tuple(painted(scores, each) for each in ids)
+    own = ids.expand(scores.shape[-2], *ids.shape[1:])
+    return torch.stack([scores[..., example, each] for example, each in enumerate(own)], scores.ndim - 2)
+
+
 class Largest(TorchDispatchMode):
     """The number of elements of the largest tensor that is made meanwhile."""
 

@@ -11,7 +11,7 @@ from tdhook import functionalize, targets
 from tdhook.attribution.ablation import feature_ablation, feature_permutation
 from tdhook.core import errors
 
-from .games import BOTH, CLOSE, MASK, MASKS, MultiLayer, TwoInputs, X, prepared, two_inputs
+from .games import BOTH, CLOSE, MASK, MASKS, MultiLayer, TwoInputs, X, painted, prepared, two_inputs
 
 MODEL = MultiLayer()
 F, PARAMS = functionalize(MODEL)
@@ -21,48 +21,51 @@ F, PARAMS = functionalize(MODEL)
     ("x", "options", "expected"),
     [
         (X, {}, [[80, 200, 120]]),
-        (X, {"groups": MASK}, [[280, 280, 120]]),
-        (X, {"groups": MASK, "baselines": 4.0}, [[248, 248, 104]]),
+        (X, {"groups": MASK}, [[280, 120]]),
+        (X, {"groups": MASK, "baselines": 4.0}, [[248, 104]]),
         (BOTH, {}, [[8, 35, 12], [80, 200, 120]]),
-        (BOTH, {"groups": MASKS}, [[41, 41, 12], [280, 280, 120]]),
+        (BOTH, {"groups": MASKS}, [[41, 12], [120, 280]]),
     ],
 )
 def test_captums_numbers(x, options, expected):
+    """Those of groups it paints over their elements."""
     CLOSE(feature_ablation(F, PARAMS, x, targets=0, **options), torch.tensor(expected, dtype=torch.float64))
 
 
 def test_bools_by_a_function_that_converts():
     x = torch.tensor([[1.0, 0.0, 1.0]]).double()
     got = feature_ablation(lambda p, x: F(p, 10 * x.bool().double()), PARAMS, x, targets=0, groups=MASK)
-    CLOSE(got, torch.tensor([[40.0, 40, 40]]).double())
+    CLOSE(got, torch.tensor([[40.0, 40]]).double())
 
 
 def test_a_function_of_the_whole_batch():
     x = torch.tensor([[1.0, 2, 3], [4, 5, 6]])
     got = feature_ablation(lambda params, x: x[0], None, x, targets=targets.every(), groups=MASK)
-    assert got[:, 0].tolist() == [[1, 1, 0], [2, 2, 0], [0, 0, 3]]
+    assert got.tolist() == [[1, 0], [2, 0], [0, 3]]
     alone = feature_ablation(lambda params, x: x[0].sum(), None, x)
     assert alone.tolist() == [[1, 2, 3], [0, 0, 0]]
 
 
-@pytest.mark.parametrize("ids", [None, (torch.tensor([[0, 1], [1, 2]]), torch.tensor([2, 0, 3]))])
+@pytest.mark.parametrize("ids", [None, (torch.tensor([[[0, 1], [1, 2]]]), torch.tensor([[2, 0, 3]]))])
 def test_several_inputs_equal_captum(ids):
     model, inputs = TwoInputs(), two_inputs()
     base = two_inputs(1)
-    mask = None if ids is None else tuple(each[None] for each in ids)
     got = feature_ablation(*functionalize(model), inputs, targets=[0, 2], baselines=base, groups=ids)
+    got = got if ids is None else painted(got, ids)
     for which, target in enumerate((0, 2)):
-        peer = captum.attr.FeatureAblation(model).attribute(inputs, base, target, feature_mask=mask)
+        peer = captum.attr.FeatureAblation(model).attribute(inputs, base, target, feature_mask=ids)
         for g, p in zip(got, peer):
             CLOSE(g[which], p)
 
 
 def test_at_a_site_equals_captum():
-    got = feature_ablation(
-        F, PARAMS, BOTH, targets=0, at="linear1", baselines={"linear1": 2.0}, groups={"linear1": torch.arange(4)}
+    ids = torch.tensor([[0, 1, 1, 2]])
+    run = lambda groups: feature_ablation(  # noqa: E731
+        F, PARAMS, BOTH, targets=0, at="linear1", baselines={"linear1": 2.0}, groups=groups
     )
-    peer = captum.attr.LayerFeatureAblation(MODEL, MODEL.linear1).attribute(BOTH, 2.0, 0)
-    CLOSE(got["linear1"], peer)
+    peer = captum.attr.LayerFeatureAblation(MODEL, MODEL.linear1)
+    CLOSE(run(None)["linear1"], peer.attribute(BOTH, 2.0, 0))
+    CLOSE(painted(run({"linear1": ids}), ids), peer.attribute(BOTH, 2.0, 0, layer_mask=ids))
 
 
 def test_a_feature_without_influence_scores_zero():
@@ -103,8 +106,8 @@ def test_a_group_moves_together_in_all_tensors():
     x = torch.arange(4.0)[:, None].double()
     run = lambda *ids: feature_permutation(lambda p, x: (x[0] - x[1])[:, 0], None, (x, x), groups=ids)  # noqa: E731
     zero = torch.zeros(1, 1).long()
-    assert run(zero, zero).value[0].abs().max() == 0
-    assert run(zero, zero + 1).value[0].abs().max() > 0
+    assert run(zero, zero).value.abs().max() == 0
+    assert run(zero, zero + 1).value.abs().max() > 0
 
 
 def test_a_fixed_permutation_equals_captum():

@@ -221,7 +221,7 @@ def test_attention_without_a_forward_mode_kernel():
         ({"steps": "adaptive"}, "steps='adaptive' is unknown"),
         ({"steps": "auto", "tolerance": 0.0}, "tolerance=0.0 is relative"),
         ({"steps": "auto", "tolerance": 2}, "tolerance=2 is relative"),
-        ({"steps": "auto", "max_steps": 3}, "max_steps is an integer of at least 5, got 3"),
+        ({"steps": "auto", "max_steps": 3}, "max_steps is an integer of at least 9, got 3"),
         ({"steps": "auto", "multiply_by_inputs": False}, "measures completeness"),
     ],
 )

@@ -42,6 +42,7 @@ EXACT = {
     "kernel_shap_exact": partial(kernel_shap, samples=1024),
 }
 METHODS = {**EXACT, **SAMPLED}
+FAITHFUL = {"lime": {"ridge": 0}}
 every_method = pytest.mark.parametrize("name", METHODS)
 every_sampled = pytest.mark.parametrize("name", SAMPLED)
 
@@ -123,19 +124,64 @@ def test_structures_of_inputs(name, kind):
 def test_at_a_site_is_the_method_on_the_tail(name):
     f, params, x = prepared()
     baseline = torch.full((1, 8), 0.3).double()
-    ids = torch.arange(8) % 4
     options, tail = {}, {}
     if name != "feature_permutation":
         options["baselines"], tail["baselines"] = {"1": baseline}, baseline
     if name == "occlusion":
-        options["window"] = {"1": 2}
-        tail["window"] = 2
-    else:
-        options["groups"], tail["groups"] = {"1": ids}, ids
+        options["window"], tail["window"] = {"1": 2}, 2
     hidden = nn.functional.linear(x, params["0", "weight"], params["0", "bias"]).tanh()
     last = lambda p, h: nn.functional.linear(h, p["2", "weight"], p["2", "bias"])  # noqa: E731
     got = run(name, f, params, x, targets=[0, 1], at="1", **options)
     close([part["1"] for part in got], run(name, last, params, hidden, targets=[0, 1], **tail))
+    if name != "occlusion":
+        ids = torch.arange(8) % 4
+        got = run(name, f, params, x, targets=[0, 1], at="1", groups={"1": ids}, **options)
+        close(got, run(name, last, params, hidden, targets=[0, 1], groups=ids, **tail))
+
+
+every_grouped = pytest.mark.parametrize("name", [n for n in METHODS if n != "occlusion"])
+
+
+@every_grouped
+def test_groups_give_one_tensor_for_all_inputs(name):
+    f, params = functionalize(TwoInputs())
+    a, b = two_inputs()
+    alone = run(name, f, params, (a, b), targets=[0, 2])
+    ids = torch.arange(4).reshape(2, 2), torch.tensor([5, 4, 6])
+    for got, (first, second) in zip(run(name, f, params, (a, b), targets=[0, 2], groups=ids), alone, strict=True):
+        assert got.shape == (2, 3, 7)
+        if name in EXACT:  # other numbers of groups are other draws
+            close((got[..., ids[0]], got[..., ids[1]]), (first, second))
+    assert run(name, f, params, (a, b), targets=0, groups=ids)[0].shape == (3, 7)
+
+
+@every_grouped
+def test_groups_of_examples_of_their_own(name):
+    f, params, x = prepared(batch=2)
+    ids = torch.tensor([[0, 1, 1, 2, 3], [3, 2, 2, 1, 0]])
+    both = run(name, f, params, x, targets=0, groups=ids)
+    if name == "feature_permutation":  # which needs the other example
+        assert both[0].shape == (2, 4)
+        return
+    for example in range(2):
+        one = run(name, f, params, x[example : example + 1], targets=0, groups=ids[example])
+        close([part[example : example + 1] for part in both], one)
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("occlusion", "feature_permutation")])
+def test_groups_without_a_batch_axis(name):
+    ids = torch.tensor([[0, 1, 2], [0, 1, 2]])
+    w = torch.tensor([1.0, -2, 5]).double()
+    got = run(name, lambda params, x: (x * w).sum(), None, torch.ones(2, 3).double(), groups=ids, **FAITHFUL.get(name, {}))
+    CLOSE(got[0], 2 * w)
+
+
+@every_grouped
+def test_group_scores_of_inputs_of_two_dtypes_have_the_wider_one(name):
+    a, b = torch.randn(3, 2), torch.randn(3, 2).double()
+    ids = torch.tensor([0, 1]), torch.tensor([1, 2])
+    got = run(name, lambda params, x: x[0].sum(-1) + x[1].prod(-1), None, (a, b), groups=ids)
+    assert all(part.dtype == torch.float64 for part in got)
 
 
 @pytest.mark.parametrize("name", [n for n in METHODS if n != "feature_permutation"])

@@ -213,12 +213,23 @@ def test_completeness():
     torch.testing.assert_close(got.sum(-1), target(gpt2()(IDS)) - target(gpt2()(base)), rtol=1e-5, atol=1e-6)
 
 
+def test_a_part_of_what_a_method_returns():
+    f, params = functional(gpt2)
+    adaptive = partial(integrated_gradients, baselines=IDS.flip(0), steps="auto", tolerance=1e-6)
+    run = partial(sequence_attribution, f, params, IDS, at=SITES[gpt2], start=7)
+    with pytest.raises(errors.InputError, match="method returned a PathIntegral"):
+        run(method=adaptive)
+    got = run(method=lambda *args, **options: adaptive(*args, **options).attributions)
+    fixed = run(method=partial(integrated_gradients, baselines=IDS.flip(0), steps=60))
+    torch.testing.assert_close(got, fixed, rtol=1e-4, atol=1e-5)
+
+
 def test_a_perturbation_method():
     """One group for each token: what the target loses when the embedding of a token is set to zero."""
     f, params = functional(gpt2)
     site = SITES[gpt2]
     method = partial(feature_ablation, baselines={site: 0.0}, groups={site: torch.arange(9)[:, None]})
-    got = sequence_attribution(f, params, IDS, at=site, start=7, method=method, reduce=lambda a: a[..., 0])
+    got = sequence_attribution(f, params, IDS, at=site, start=7, method=method)
     model = gpt2()
     embeddings = model.transformer.wte(IDS)
     target = next_tokens(IDS, 7)
@@ -226,6 +237,15 @@ def test_a_perturbation_method():
         ablated = embeddings.clone()
         ablated[:, token] = 0
         CLOSE(got[..., token], target(model(IDS)) - target(model(inputs_embeds=ablated)))
+
+
+def test_groups_of_integrated_gradients_are_the_sum_over_the_embedding():
+    f, params = functional(gpt2)
+    method = partial(integrated_gradients, baselines=IDS.flip(0), steps=3)
+    run = partial(sequence_attribution, f, params, IDS, at=SITES[gpt2], start=START)
+    grouped = partial(method, groups={SITES[gpt2]: torch.arange(9)[:, None]})
+    CLOSE(run(method=grouped), run(method=method))
+    CLOSE(run(method=partial(grouped, mode="forward"), chunk_size=5), run(method=method))
 
 
 def test_one_run_of_the_model_whatever_the_number_of_tokens():
@@ -317,9 +337,14 @@ def test_under_vmap_with_a_mask():
 @pytest.mark.compile
 def test_compiled_equals_eager():
     f, params = functional(llama)
-    run = partial(sequence_attribution, at=SITES[llama], start=START, quantity="log_probability", against=OTHER)
-    compiled = torch.compile(lambda p, i: run(f, p, i), backend="aot_eager", fullgraph=True)
-    CLOSE(compiled(params, IDS), run(f, params, IDS))
+    ids, mask = padded("left")
+    run = partial(sequence_attribution, at=SITES[llama], start=8, quantity="log_probability", against=ids[:, :3])
+    compiled = torch.compile(
+        lambda params, ids, mask: run(f, params, {"input_ids": ids, "attention_mask": mask}),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    CLOSE(compiled(params, ids, mask), run(f, params, {"input_ids": ids, "attention_mask": mask}))
 
 
 def test_bfloat16_has_its_softmax_in_float32():
@@ -402,6 +427,7 @@ def test_positions_that_are_given_are_kept():
     named = {"input_ids": ids, "attention_mask": mask}
     counted = (mask.cumsum(-1) - 1).clamp(min=0)
     CLOSE(run({**named, "position_ids": counted}), run(named))
+    CLOSE(run(TensorDict(named, [3])), run(named))
     columns = torch.arange(11).expand(3, -1)
     assert (run({**named, "position_ids": columns}) - run(named)).abs().max() > 1e-3
     bound, params = functionalize(gpt2(), use_cache=False, position_ids=columns)
@@ -619,6 +645,12 @@ def test_bad_inputs():
         run({"input_ids": IDS, "attention_mask": torch.ones(3, 8, dtype=torch.long)})
     with pytest.raises(errors.ModelError, match="has no sites"):
         sequence_attribution(lambda params, ids: ids, params, IDS, at="0", start=1)
+
+
+def test_needs_gradients():
+    f, params = functional(llama)
+    with torch.no_grad(), pytest.raises(errors.GradientError, match="grad mode is off"):
+        sequence_attribution(f, params, IDS, at=SITES[llama], start=START)
 
 
 def test_logits_of_the_last_position_only():

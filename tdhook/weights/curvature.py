@@ -1,0 +1,304 @@
+"""Curvature of a loss in the parameters: Hessian-, Gauss-Newton- and Fisher-vector products, and systems solved with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from torch.func import grad, vjp, vmap
+from torch.utils import _pytree as pytree
+
+from ..core.batching import chunks, vmap_or_loop
+from ..core.checks import require_gradients, require_positive, warn_if_stochastic
+from ..core.errors import InputError, TargetError
+from ..core.forward_mode import push_forward
+from ..core.structure import describe
+from .examples import Loss, count_examples, example, indices, loss_of_example, measured, require_loss
+from .moving import Moving, moving
+from .selection import Select
+
+Product = Callable[[Sequence[Tensor]], list[Tensor]]
+CURVATURES = ("hessian", "gauss_newton")
+
+
+def hessian_vector_product(
+    f: Any,
+    params: Any,
+    inputs: Any,
+    loss: Loss,
+    vector: Any,
+    *,
+    labels: Any = None,
+    parameters: Select = None,
+    chunk_size: int | None = None,
+) -> TensorDict:
+    """The Hessian of the mean loss times a vector, without the Hessian.
+
+        H v = d/de grad L(params + e v),  L = 1/B sum_b loss(f(params, x_b), y_b)
+
+    Args:
+        f: function of `(params, inputs)`.
+        params: its parameters.
+        inputs: tensors [B, *shape], in any structure that `f` takes.
+        loss: of one example, as in `per_example_gradients`.
+        vector: TensorDict like the selected parameters; `vmap` for several.
+        labels: tensors [B, *shape], in any structure.
+        parameters: names or patterns (`select_parameters`); None for all parameters, without the buffers of a functional model.
+        chunk_size: how many examples run at once; None for all.
+
+    Returns:
+        TensorDict like the selected parameters.
+
+    Raises:
+        InputError: a vector of another structure; otherwise as `per_example_gradients`.
+
+    Cost: one forward and one backward pass and their derivatives along the vector, about four passes. Fused attention runs in
+    its plain form.
+
+    Source: Pearlmutter, "Fast Exact Multiplication by the Hessian" (1994).
+
+    Examples:
+        >>> f, params = tdhook.functionalize(torch.nn.Linear(2, 1, bias=False))
+        >>> v = params.apply(torch.ones_like)
+        >>> x = torch.tensor([[1.0, 2.0]])
+        >>> hessian_vector_product(f, params, x, lambda out: out.square().sum() / 2, v)["weight"]
+        tensor([[3., 6.]])
+    """
+    return _product("hessian_vector_product", f, params, inputs, loss, vector, labels, parameters, "hessian", chunk_size)
+
+
+def gauss_newton_vector_product(
+    f: Any,
+    params: Any,
+    inputs: Any,
+    loss: Loss,
+    vector: Any,
+    *,
+    labels: Any = None,
+    parameters: Select = None,
+    chunk_size: int | None = None,
+) -> TensorDict:
+    """The generalised Gauss-Newton matrix of the mean loss times a vector.
+
+        G v = 1/B sum_b J_b^T (d^2 loss / d output^2) J_b v,  J_b = d f(params, x_b) / d params
+
+    It is the Hessian without the curvature of the model, and positive semidefinite where the loss is convex in the output.
+
+    Args:
+        f, params, inputs, loss, vector, labels, parameters, chunk_size: as in `hessian_vector_product`. The output of `f` is
+            a structure of floating-point tensors.
+
+    Returns:
+        TensorDict like the selected parameters.
+
+    Raises:
+        As `hessian_vector_product`.
+
+    Cost: two forward passes, one derivative of a forward along the vector, one backward pass.
+
+    Source: Schraudolph, "Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent" (2002).
+
+    Examples:
+        >>> f, params = tdhook.functionalize(torch.nn.Linear(2, 1, bias=False))
+        >>> v = params.apply(torch.ones_like)
+        >>> x = torch.tensor([[1.0, 2.0]])
+        >>> gauss_newton_vector_product(f, params, x, lambda out: out.square().sum() / 2, v)["weight"]
+        tensor([[3., 6.]])
+    """
+    method = "gauss_newton_vector_product"
+    return _product(method, f, params, inputs, loss, vector, labels, parameters, "gauss_newton", chunk_size)
+
+
+def fisher_vector_product(
+    f: Any,
+    params: Any,
+    inputs: Any,
+    vector: Any,
+    *,
+    logits: Callable[[Any], Tensor] | None = None,
+    parameters: Select = None,
+    chunk_size: int | None = None,
+) -> TensorDict:
+    """The Fisher information of a classifier times a vector.
+
+        F v = 1/B sum_b J_b^T (diag p_b - p_b p_b^T) J_b v,  p_b = softmax(logits_b)
+
+    The labels are those that the model itself expects; the Fisher information of the labels at hand (the "empirical" one) is
+    another matrix. Logits [1, L, C] are L independent labels, whose informations add up.
+
+    Args:
+        f, params, inputs, vector, parameters, chunk_size: as in `hessian_vector_product`.
+        logits: function of the output to the logits [1, *L, C]; None where they are the output.
+
+    Returns:
+        TensorDict like the selected parameters.
+
+    Raises:
+        As `hessian_vector_product`. TargetError: an output that is no tensor of logits.
+
+    Cost: as `gauss_newton_vector_product`.
+
+    Source: Martens, "New Insights and Perspectives on the Natural Gradient Method" (2020).
+
+    Examples:
+        >>> f, params = tdhook.functionalize(torch.nn.Linear(1, 2, bias=False))
+        >>> params = params.apply(torch.zeros_like)
+        >>> v = params.apply(lambda weight: torch.tensor([[1.0], [0.0]]))
+        >>> fisher_vector_product(f, params, torch.ones(1, 1), v)["weight"]
+        tensor([[ 0.2500],
+                [-0.2500]])
+    """
+
+    def log_normaliser(output: Any) -> Tensor:
+        # The Hessian of log sum exp is diag p - p p^T: that of the cross-entropy for any label.
+        scores = output if logits is None else logits(output)
+        if not isinstance(scores, Tensor) or scores.ndim < 2:
+            raise TargetError(f"the logits of one example are {describe(scores)}; give logits=<function of the output>.")
+        return scores.logsumexp(-1).sum()
+
+    method = "fisher_vector_product"
+    return _product(method, f, params, inputs, log_normaliser, vector, None, parameters, "gauss_newton", chunk_size)
+
+
+class Solution(NamedTuple):
+    """The solution of a linear system.
+
+    Attributes:
+        value: the solution, in the structure of the right-hand side.
+        residual: Tensor []: |A x - b| / |b| as the iteration knows it.
+    """
+
+    value: Any
+    residual: Tensor
+
+
+def conjugate_gradient(
+    product: Callable[[Any], Any], b: Any, *, damping: float = 0.0, iterations: int = 100, tolerance: float = 1e-5
+) -> Solution:
+    """Solves `(A + damping I) x = b` for a positive definite A that is known by its products.
+
+    The number of products is fixed, so that it compiles and vmaps; after convergence, or along a direction of negative
+    curvature, the solution stays as it is. The residual says whether it is one.
+
+    Args:
+        product: function from a structure of tensors like `b` to `A` times it.
+        b: a tensor, a list of tensors, or a TensorDict.
+        damping: at least 0.
+        iterations: how many products.
+        tolerance: relative residual at which the solution is kept.
+
+    Returns:
+        `Solution` with `value` and `residual`.
+
+    Raises:
+        InputError: a damping or tolerance that is negative, no iteration.
+
+    Cost: `iterations` products.
+
+    Source: Hestenes and Stiefel, "Methods of Conjugate Gradients for Solving Linear Systems" (1952).
+
+    Examples:
+        >>> a = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+        >>> conjugate_gradient(lambda v: a @ v, torch.tensor([3.0, 4.0]), iterations=2).value
+        tensor([1., 1.])
+    """
+    require_positive("iterations", iterations)
+    for name, number in (("damping", damping), ("tolerance", tolerance)):
+        if isinstance(number, (int, float)) and not number >= 0:
+            raise InputError(f"{name}={number!r} is negative; give a number of at least 0.")
+    right, spec = pytree.tree_flatten(b)
+
+    def apply(values: list[Tensor]) -> list[Tensor]:
+        results = pytree.tree_flatten(product(pytree.tree_unflatten(values, spec)))[0]
+        return [result + damping * value for result, value in zip(results, values)]
+
+    x = [torch.zeros_like(r) for r in right]
+    residual = direction = right
+    size = start = _dot(right, right)
+    for _ in range(iterations):
+        pushed = apply(direction)
+        curvature = _dot(direction, pushed)
+        going = (size > tolerance**2 * start) & (curvature > 0)
+        step = torch.where(going, size / torch.where(going, curvature, 1), 0)
+        x = _along(x, step, direction)
+        residual = _along(residual, -step, pushed)
+        smaller = _dot(residual, residual)
+        direction = _along(residual, torch.where(going, smaller / torch.where(going, size, 1), 0), direction)
+        size = smaller
+    relative = (size / torch.where(start > 0, start, 1)).sqrt()
+    return Solution(pytree.tree_unflatten(x, spec), relative)
+
+
+def curvature_product(
+    f: Any, moved: Moving, inputs: Any, labels: Any, loss: Loss, curvature: str, chunk_size: int | None
+) -> Product:
+    """The product with a curvature of the mean loss, as a function of tensors like the moving parameters."""
+    if curvature not in CURVATURES:
+        raise InputError(f"curvature={curvature!r} is unknown; choose from {', '.join(CURVATURES)}.")
+    count = count_examples("inputs", inputs, labels)
+    of_chunk = _hessian if curvature == "hessian" else _gauss_newton
+
+    def product(vector: Sequence[Tensor]) -> list[Tensor]:
+        total: list[Any] = [0] * len(vector)
+        for part in chunks(count, chunk_size):
+            added = of_chunk(f, moved, inputs, labels, loss, indices(count, inputs, part), list(vector))
+            total = [t + a / count for t, a in zip(total, added)]
+        return total
+
+    return product
+
+
+def _hessian(f: Any, moved: Moving, inputs: Any, labels: Any, loss: Loss, part: Tensor, vector: list[Tensor]) -> list[Tensor]:
+    one = loss_of_example(f, moved, inputs, labels, loss)
+
+    def total(values: list[Tensor]) -> Tensor:
+        return vmap_or_loop(lambda index: one(values, index), part).sum()
+
+    return push_forward(grad(total), (moved.values,), (vector,))[1]
+
+
+def _gauss_newton(
+    f: Any, moved: Moving, inputs: Any, labels: Any, loss: Loss, part: Tensor, vector: list[Tensor]
+) -> list[Tensor]:
+    def outputs(values: list[Tensor]) -> Any:
+        return vmap_or_loop(lambda index: f(moved.put(values), example(inputs, index)), part)
+
+    def total(output: Any) -> Tensor:
+        return vmap(lambda out, index: measured(loss, out, example(labels, index)))(output, part).sum()
+
+    output, pull, *_ = vjp(outputs, moved.values)
+    pushed = push_forward(outputs, (moved.values,), (vector,))[1]
+    return pull(push_forward(grad(total), (output,), (pushed,))[1])[0]
+
+
+def _product(
+    method: str,
+    f: Any,
+    params: Any,
+    inputs: Any,
+    loss: Loss,
+    vector: Any,
+    labels: Any,
+    parameters: Select,
+    curvature: str,
+    chunk_size: int | None,
+) -> TensorDict:
+    require_gradients(method)
+    require_loss(loss)
+    require_positive("chunk_size", chunk_size, optional=True)
+    moved = moving(f, params, parameters)
+    product = curvature_product(f, moved, inputs, labels, loss, curvature, chunk_size)
+    given = moved.flatten("vector", vector)
+    warn_if_stochastic(f, method)
+    return moved.restructure(product(given))
+
+
+def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(x * y).sum() for x, y in zip(a, b)]).sum()
+
+
+def _along(a: Sequence[Tensor], step: Tensor, b: Sequence[Tensor]) -> list[Tensor]:
+    return [x + step * y for x, y in zip(a, b)]
