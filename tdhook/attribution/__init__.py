@@ -8,6 +8,7 @@
 - perturbation: `feature_ablation`, `feature_permutation`, `occlusion`, `shapley_values`, `shapley_value_sampling`,
   `kernel_shap`, `lime`
 - optimisation: `activation_maximization`, `fgsm`, `pgd`
+- sequences: `sequence_attribution`, with targets `next_tokens`, `entropy`, `kl_divergence`; `aggregate_tokens`, `word_groups`
 """
 
 from .ablation import feature_ablation, feature_permutation
@@ -30,18 +31,23 @@ from .neuron_conductance import neuron_conductance
 from .occlusion import occlusion
 from .paths import gaussian_blur, straight
 from .saliency import input_x_gradient, saliency
+from .sequences import sequence_attribution
 from .shapley import shapley_value_sampling, shapley_values
 from .smooth import smooth
+from .token_targets import entropy, kl_divergence, next_tokens
+from .words import aggregate_tokens, word_groups
 
 __all__ = [
     "Maximization",
     "PathIntegral",
     "ablation_cam",
     "activation_maximization",
+    "aggregate_tokens",
     "convergence_delta",
     "cross_entropy",
     "eigen_cam",
     "eigen_grad_cam",
+    "entropy",
     "expected_gradients",
     "feature_ablation",
     "feature_permutation",
@@ -58,20 +64,24 @@ __all__ = [
     "internal_influence",
     "jacobian",
     "kernel_shap",
+    "kl_divergence",
     "l2_norm",
     "layer_cam",
     "layer_conductance",
     "lime",
     "neuron_conductance",
+    "next_tokens",
     "occlusion",
     "pgd",
     "saliency",
     "score_cam",
+    "sequence_attribution",
     "shapley_value_sampling",
     "shapley_values",
     "smooth",
     "straight",
     "token_grid",
     "total_variation",
+    "word_groups",
     "x_grad_cam",
 ]

@@ -77,8 +77,8 @@ def sequence_attribution(
 
     Raises:
         InputError: no ids, a mask of another shape than ids, a bad option, a method that returns anything but one tensor
-        [G, B, L, D]. ModelError, SiteError, TargetError, GradientError as the method and `next_tokens`. Warns where padding
-        comes before the text and the model takes no `position_ids`.
+            [G, B, L, D]. ModelError, SiteError, TargetError, GradientError as the method and `next_tokens`. Warns where padding
+            comes before the text and the model takes no `position_ids`.
 
     Padding does not change what is computed for real tokens. Positions would: where it comes before the text, `position_ids`
     that count the tokens of the mask are added to the inputs of a model that takes them, as generation does. Give them yourself

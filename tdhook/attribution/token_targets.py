@@ -68,8 +68,8 @@ def next_tokens(
 
     Raises:
         InputError: ids or `against` that are no integers or of a wrong shape, `start` out of range, an unknown quantity.
-        TargetError, when called: no such key, logits of another shape than ids (of the last position only, say), a token
-        outside of the vocabulary.
+            TargetError, when called: no such key, logits of another shape than ids (of the last position only, say), a token
+            outside of the vocabulary.
 
     Cost: none beside that of the method. Pulling back G targets at once holds G tensors of the logits' shape.
 
@@ -158,7 +158,7 @@ def kl_divergence(reference_logits: Tensor, start: int, *, key: int | str = "log
 
     Raises:
         InputError: `start` below 1, reference logits that are no floating-point tensor [..., L', V]. TargetError, when called:
-        no such key, fewer than `start + 1` positions, reference logits that are too short or of another shape.
+            no such key, fewer than `start + 1` positions, reference logits that are too short or of another shape.
 
     Examples:
         >>> logits = torch.randn(1, 5, 8)

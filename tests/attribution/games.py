@@ -86,9 +86,9 @@ def by_orders(function, x: Tensor, baseline: Tensor) -> Tensor:
 
 
 def painted(scores, ids):
-    """For every element the score of its group: from scores [*T, B, G] and ids with a batch axis of 1 or B, as captum takes them.
+    """For every element the score of its group, from scores [*T, B, G] and one tensor of ids, or a tuple of them.
 
-    The ids, and then the result, are a tensor or a tuple of them.
+    The ids have a batch axis of 1 or B, as captum takes them.
     """
     if isinstance(ids, tuple):
         return tuple(painted(scores, each) for each in ids)
