@@ -133,7 +133,7 @@ def feature_permutation(
         >>> f, params = tdhook.functionalize(torch.nn.Linear(3, 2, bias=False))
         >>> x = torch.randn(4, 3)
         >>> estimate = feature_permutation(f, params, x, targets=[0, 1])
-        >>> estimate.value.shape, estimate.samples
+        >>> estimate.value.shape, estimate.standard_error.shape
         (torch.Size([2, 4, 3]), 10)
     """
     require_positive("samples", samples)
@@ -152,7 +152,7 @@ def feature_permutation(
         drawn = Moments.of(_shuffled(played, generator, chunk_size)[None])
         moments = drawn if moments is None else moments + drawn
     assert moments is not None
-    return Estimate(played.result(moments.mean), played.result(moments.standard_error), samples)
+    return Estimate(played.result(moments.mean), played.result(moments.standard_error))
 
 
 def _shuffled(played: Game, generator: torch.Generator | None, chunk_size: int | None) -> Tensor:

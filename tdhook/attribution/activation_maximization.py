@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..core.batching import chunks, vmap_or_loop
-from ..core.checks import require_gradients, require_positive, warn_if_stochastic
+from ..core.checks import require_gradients, require_number, require_positive, warn_if_stochastic
 from ..core.errors import InputError
 from ..core.explained import explained
+from ..core.randomness import integers, require_generator
 from ..core.structure import describe
 from ..core.targets import Targets, check, select
 from ..core.transforms import Sites
@@ -25,10 +26,8 @@ from .ascent import (
     own_units,
     require_batched,
     require_bounds,
-    require_number,
     require_update,
 )
-from .coalitions import require_generator
 
 
 class Maximization(NamedTuple):
@@ -220,9 +219,7 @@ def _jitters(steps: int, jitter: int, values: Sequence[Tensor], generator: torch
     for value in values:
         if value.ndim < 3:
             raise InputError(f"jitter={jitter} rolls the last two axes of [B, ..., H, W], but inputs hold {describe(value)}.")
-    device = values[0].device if generator is None else generator.device
-    drawn = torch.randint(-jitter, jitter + 1, (steps, 2), generator=generator, device=device)
-    return list(drawn.to(values[0].device))
+    return list(integers(-jitter, jitter + 1, (steps, 2), generator, values[0].device))
 
 
 def _rolled(value: Tensor, shift: Tensor) -> Tensor:

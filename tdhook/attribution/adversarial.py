@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..core.batching import chunks
-from ..core.checks import require_gradients, require_positive, warn_if_stochastic
+from ..core.checks import require_gradients, require_number, require_positive, warn_if_stochastic
 from ..core.errors import InputError
 from ..core.explained import Explained, explained
+from ..core.randomness import require_generator
 from ..core.structure import describe
 from ..core.targets import Targets, check, select
 from ..core.transforms import Sites
@@ -25,11 +26,9 @@ from .ascent import (
     own_units,
     require_batched,
     require_bounds,
-    require_number,
     require_update,
 )
 from .balls import NORMS, Ball
-from .coalitions import require_generator
 
 
 def cross_entropy(logits: Tensor) -> Tensor:

@@ -86,12 +86,6 @@ def require_update(name: str, update: Any) -> None:
         raise InputError(f"{name}={update!r} is unknown; choose from {', '.join(UPDATES)}.")
 
 
-def require_number(name: str, value: Any, least: float = 0.0) -> None:
-    """Raises `InputError` unless `value` is a finite number that is not below `least`."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value < float("inf"):
-        raise InputError(f"{name} is a number of at least {least:g}, got {describe(value)}.")
-
-
 def require_bounds(bounds: Any) -> None:
     """Raises `InputError` for what is no pair of bounds."""
     if bounds is None:

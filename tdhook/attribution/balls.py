@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.randomness import normal, uniform
 from .ascent import across, scaled
 
 NORMS = ("linf", "l2")
@@ -33,16 +34,14 @@ class Ball:
 
     def drawn(self, values: list[Tensor], lead: int) -> list[Tensor]:
         """Changes drawn uniformly from the ball."""
-        source, device = self.generator, values[0].device if self.generator is None else self.generator.device
 
         def draw(random: Callable, like: Tensor) -> Tensor:
-            dtype = torch.promote_types(like.dtype, torch.float32)
-            return random(like.shape, dtype=dtype, generator=source, device=device)
+            return random(like.shape, self.generator, like.device, torch.promote_types(like.dtype, torch.float32))
 
         if self.norm == "linf":
-            return [(self.radius * (2 * draw(torch.rand, value) - 1)).to(value) for value in values]
+            return [(self.radius * (2 * draw(uniform, value) - 1)).to(value) for value in values]
         # A normal direction, and the distance U^(1/n) that makes equal volumes equally likely.
-        parts = [draw(torch.randn, value) for value in values]
+        parts = [draw(normal, value) for value in values]
         norm = across(parts, lead)
-        distance = self.radius * draw(torch.rand, norm) ** (1 / sum(value.shape[lead:].numel() for value in values))
+        distance = self.radius * draw(uniform, norm) ** (1 / sum(value.shape[lead:].numel() for value in values))
         return [part.to(value) for part, value in zip(scaled(parts, distance / norm), values)]

@@ -15,7 +15,6 @@ from ..core.errors import InputError
 from ..core.explained import Explained
 from ..core.groups import Groups, feature_groups
 from ..core.progress import Progress
-from ..core.randomness import require_generator as require_generator  # for files that still import it from here
 from ..core.structure import describe
 from ..core.targets import Targets, select
 

@@ -17,11 +17,11 @@ from ..core.checks import flatten_as, require_gradients, require_positive, warn_
 from ..core.errors import InputError
 from ..core.estimate import Estimate, Moments
 from ..core.explained import Explained, explained
+from ..core.randomness import integers, normal, require_generator, stacked, uniform
 from ..core.reading import stop_at
 from ..core.structure import describe
 from ..core.targets import Targets, check, select
 from ..core.transforms import Sites, exact_wants, values_at
-from .coalitions import require_generator
 
 
 def expected_gradients(
@@ -84,7 +84,7 @@ def expected_gradients(
     Examples:
         >>> f, params = tdhook.functionalize(torch.nn.Linear(3, 2, bias=False))
         >>> x, baselines = torch.randn(4, 3), torch.zeros(10, 3)
-        >>> value, error, samples = expected_gradients(f, params, x, baselines=baselines, targets=[0, 1])
+        >>> value, error = expected_gradients(f, params, x, baselines=baselines, targets=[0, 1])
         >>> torch.allclose(value, params["weight"][:, None] * x, atol=1e-6)
         True
     """
@@ -112,7 +112,7 @@ def expected_gradients(
         kept = [r.to(value.dtype) for r, value in zip(results, what.values)]
         return what.restructure(kept if plural else [r[0] for r in kept])
 
-    return Estimate(structured([m.mean for m in moments]), structured([m.standard_error for m in moments]), samples)
+    return Estimate(structured([m.mean for m in moments]), structured([m.standard_error for m in moments]))
 
 
 @dataclass(frozen=True)
@@ -139,15 +139,13 @@ class Draws:
         generator: torch.Generator | None,
     ):
         self.ends, self.sets, self.noise, self.generator = ends, sets, noise, generator
-        # A generator draws on its own device.
-        self.device = ends[0].device if generator is None else generator.device
+        device = ends[0].device
         shape = (samples,) if sets[0].whole else (samples, len(ends[0]))
-        rows = torch.randint(len(sets[0].values), shape, generator=generator, device=self.device)
-        alphas = torch.rand(shape, generator=generator, device=self.device, dtype=self._dtype(ends[0]))
+        self.rows = integers(0, len(sets[0].values), shape, generator, device)
+        self.alphas = uniform(shape, generator, device, self._dtype(ends[0]))
         if stratified:
-            parts = torch.arange(samples, dtype=alphas.dtype, device=self.device)
-            alphas = (alphas + parts.reshape(-1, *[1] * (alphas.ndim - 1))) / samples
-        self.rows, self.alphas = rows.to(ends[0].device), alphas.to(ends[0].device)
+            parts = torch.arange(samples, dtype=self.alphas.dtype, device=device)
+            self.alphas = (self.alphas + parts.reshape(-1, *[1] * (len(shape) - 1))) / samples
 
     def next(self, chunk: slice) -> tuple[list[Tensor], list[Tensor]]:
         """For the next chunk of samples z - b and the path points, each [S, *shape]."""
@@ -164,11 +162,8 @@ class Draws:
     def _noises(self, count: int) -> list[Any]:
         if not self.noise:
             return [0.0] * len(self.ends)
-        drawn = [[self._normal(end) for end in self.ends] for _ in range(count)]
-        return [self.noise * torch.stack(parts).to(end) for parts, end in zip(zip(*drawn), self.ends)]
-
-    def _normal(self, end: Tensor) -> Tensor:
-        return torch.randn(end.shape, generator=self.generator, device=self.device, dtype=self._dtype(end))
+        drawn = stacked(lambda: [normal(e.shape, self.generator, e.device, self._dtype(e)) for e in self.ends], count)
+        return [self.noise * parts.to(end.dtype) for parts, end in zip(drawn, self.ends)]
 
     @staticmethod
     def _dtype(end: Tensor) -> torch.dtype:

@@ -88,14 +88,14 @@ def kernel_shap(
     count = played.groups.count
     if 2**count <= samples:
         values = exact_values(played, chunk_size, progress)
-        return Estimate(played.result(values), played.result(torch.zeros_like(values)), 2**count)
+        return Estimate(played.result(values), played.result(torch.zeros_like(values)))
     if samples % 2 or samples < 2 * count:
         raise InputError(
             f"samples={samples} for {count} groups; give an even number of at least {2 * count}, or fewer groups: up to "
             f"{samples.bit_length() - 1} of them would be exact."
         )
     values, errors = _sampled(played, samples // 2, generator, chunk_size, progress)
-    return Estimate(played.result(values), played.result(errors), samples)
+    return Estimate(played.result(values), played.result(errors))
 
 
 def _sampled(

@@ -115,7 +115,7 @@ def lime(
         fitted = _each_fitted(regressor, present, weights, outcomes)
         errors = torch.full_like(fitted, torch.nan)
     shape = (*played.whole.shape, played.groups.count)
-    return Estimate(played.result(fitted.reshape(shape)), played.result(errors.reshape(shape)), samples)
+    return Estimate(played.result(fitted.reshape(shape)), played.result(errors.reshape(shape)))
 
 
 def _require(kernel: Kernel, kernel_width: float | None, ridge: float, regressor: Any) -> None:

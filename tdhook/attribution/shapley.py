@@ -180,7 +180,7 @@ def shapley_value_sampling(
         drawn = Moments.of(marginal.unflatten(0, (-1, pair)).mean(1))
         moments = drawn if moments is None else moments + drawn
     assert moments is not None
-    return Estimate(played.result(moments.mean), played.result(moments.standard_error), samples)
+    return Estimate(played.result(moments.mean), played.result(moments.standard_error))
 
 
 def _marginals(played: Game, empty: Tensor, ranks: Tensor, chunk_size: int | None) -> Tensor:

@@ -103,7 +103,13 @@ def smooth(
         structures = []
 
         def attributed(noisy: list[Tensor]) -> list[Tensor]:
-            leaves, spec = pytree.tree_flatten(what.evaluate(noisy))
+            result = what.evaluate(noisy)
+            if isinstance(result, Estimate):
+                raise InputError(
+                    "method returned an Estimate, whose standard error is no attribution; smooth its value: "
+                    "smooth(lambda *args, **options: method(*args, **options).value), say."
+                )
+            leaves, spec = pytree.tree_flatten(result)
             structures.append((leaves, spec))
             return _tensors(leaves)
 
@@ -128,7 +134,7 @@ def smooth(
             errors = [v * math.sqrt(2 / (samples - 1)) for v in values]
         else:
             values, errors = [t.mean for t in totals], [t.standard_error for t in totals]
-        return Estimate(assembled(values), assembled(errors), samples)
+        return Estimate(assembled(values), assembled(errors))
 
     return smoothed
 
@@ -165,10 +171,7 @@ def _tensors(leaves: list[Any]) -> list[Tensor]:
     """The leaves of what the method returned, without None."""
     for leaf in leaves:
         if leaf is not None and not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
-            raise InputError(
-                f"method returned something that holds {describe(leaf)}; smooth averages floating-point tensors, so choose "
-                "them: smooth(lambda *args, **options: method(*args, **options).value), say."
-            )
+            raise InputError(f"method returned something that holds {describe(leaf)}; smooth averages floating-point tensors.")
     return [leaf for leaf in leaves if leaf is not None]
 
 

@@ -35,6 +35,13 @@ def warn_if_stochastic(f: Any, method: str) -> None:
         )
 
 
+def require_number(name: str, value: Any, least: float = 0.0, strict: bool = False) -> None:
+    """Raises `InputError` unless `value` is a finite number of at least `least` (more than that, if `strict`)."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not (value > least if strict else value >= least) or value == float("inf"):
+        raise InputError(f"{name} is a number {'above' if strict else 'of at least'} {least:g}, got {describe(value)}.")
+
+
 def flatten_as(name: str, value: Any, inputs: Any) -> list[Any]:
     """The leaves of `value` in the order of those of `inputs`, whose structure it has; its mappings may be in another order.
 

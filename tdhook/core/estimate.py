@@ -15,12 +15,10 @@ class Estimate(NamedTuple):
     Attributes:
         value: the estimate, in the structure of what is explained.
         standard_error: of each number in `value`, in the same structure.
-        samples: how many samples it is the mean of.
     """
 
     value: Any
     standard_error: Any
-    samples: int
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .copying import MODULE_STATE, copy_tree, eager_class, map_containers
 from .errors import ParamsError, did_you_mean
+from .layers import FORWARDS
 from .operations import OperationMode
 from .scope import Frame
 from .sites import join_path
@@ -50,7 +51,8 @@ class Registered:
 @functools.cache
 def twin_class(cls: type, patched: bool) -> type:
     """The subclass of `cls` that reports. `patched`: the instance carries a `forward` of its own, which then is called."""
-    original: Any = _own_forward if patched else cls.forward  # type: ignore[attr-defined]
+    own: Any = cls.forward  # type: ignore[attr-defined]
+    original: Any = _own_forward if patched else FORWARDS.get(own, own)
     set_attribute: Any = cls.__setattr__
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -66,7 +68,7 @@ def twin_class(cls: type, patched: bool) -> type:
         set_attribute(self, name, value)
 
     members = {
-        "forward": functools.wraps(original)(forward),
+        "forward": functools.wraps(_own_forward if patched else own)(forward),
         "__setattr__": __setattr__,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .draws import require_number
+from ..core.checks import require_number
 from .features import flat_scores
 
 

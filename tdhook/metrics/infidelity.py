@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..core.batching import chunks, vmap_or_loop
-from ..core.checks import require_positive, warn_if_stochastic
+from ..core.checks import require_number, require_positive, warn_if_stochastic
 from ..core.errors import InputError
 from ..core.estimate import Estimate, Moments
+from ..core.randomness import normal_like, require_generator, stacked, uniform_like
 from ..core.structure import describe
 from ..core.targets import Targets
 from ..core.transforms import Sites
-from .draws import normal_like, require_generator, require_number, stacked, uniform_like
 from .features import Features, features, flattened
 
 Perturbation = Callable[[Any, torch.Generator | None], Any]
@@ -160,7 +160,7 @@ def infidelity(
         # The value is at its minimum in beta, so that the error of beta does not add to its own, to first order.
         predicted = predicted * ((predicted * seen).mean(0) / predicted.square().mean(0))
     moments = Moments.of((predicted - seen).square())
-    return Estimate(scored.result(moments.mean), scored.result(moments.standard_error), samples)
+    return Estimate(scored.result(moments.mean), scored.result(moments.standard_error))
 
 
 def _each(function: Callable[[Tensor], Tensor], structure: Any) -> Any:

@@ -13,10 +13,10 @@ from ..core.checks import require_positive
 from ..core.compat import is_compiling, is_wrapped
 from ..core.errors import InputError, TargetError
 from ..core.estimate import Estimate, Moments
+from ..core.randomness import require_generator, uniform_like
 from ..core.structure import describe
 from ..core.targets import Target
 from .correlation import Similarity, similarity_function
-from .draws import require_generator, uniform_like
 from .features import flat_scores
 from .reinitialisation import Initialise, variants
 
@@ -189,7 +189,7 @@ def random_logit(
             f"{[1 + samples, *output.shape[:-1]]} are expected: one for each of {1 + samples} targets."
         )
     moments = Moments.of(compare(scores[:1], scores[1:]))
-    return Estimate(moments.mean, moments.standard_error, samples)
+    return Estimate(moments.mean, moments.standard_error)
 
 
 def _prepared(method: Any, similarity: str | Similarity, absolute: bool, chunk_size: int | None, generator: Any) -> Similarity:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..core.errors import InputError, did_you_mean
 from ..core.functional import FunctionalModel
+from ..core.randomness import normal_like, uniform_like
 from ..core.structure import describe
-from .draws import normal_like, uniform_like
 
 ORDERS = ("top_down", "bottom_up", "independent")
 Initialise = Callable[[str, Tensor, torch.Generator | None], Tensor]

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from ..core.batching import chunks, vmap_or_loop
-from ..core.checks import require_positive, warn_if_stochastic
+from ..core.checks import require_number, require_positive, warn_if_stochastic
 from ..core.errors import InputError
 from ..core.explained import explained_inputs
 from ..core.groups import Groups
+from ..core.randomness import normal_like, require_generator
 from ..core.structure import describe
 from ..core.targets import Targets
 from .curves import ORDERS, Curve, curve_of, outputs_on_the_diagonal, ranks
-from .draws import normal_like, require_generator, require_number
 from .features import features
 from .imputation import linear_imputation, require_solver
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..core.batching import chunks, vmap_or_loop
-from ..core.checks import require_positive
+from ..core.checks import require_number, require_positive
 from ..core.errors import InputError
 from ..core.estimate import Estimate, Moments
 from ..core.explained import explained_inputs
+from ..core.randomness import require_generator, stacked, uniform_like
 from ..core.structure import describe
-from .draws import require_generator, require_number, stacked, uniform_like
 from .features import flat_scores, flattened
 
 
@@ -119,7 +119,7 @@ def average_sensitivity(
         moments = Moments.of(changes / scale if relative else changes)
         total = moments if total is None else total + moments
     assert total is not None
-    return Estimate(total.mean, total.standard_error, samples)
+    return Estimate(total.mean, total.standard_error)
 
 
 def local_lipschitz(

@@ -85,7 +85,7 @@ def test_derivatives_pass_through():
 def test_a_batch_of_two_is_swapped_or_left():
     x = torch.tensor([[1.0, 10.0], [4.0, 30.0]]).double()
     got = feature_permutation(lambda params, x: x.sum(-1), None, x, samples=1, generator=torch.Generator().manual_seed(0))
-    assert got.samples == 1 and got.standard_error.isnan().all()
+    assert got.standard_error.isnan().all()
     for column, step in ((0, 3.0), (1, 20.0)):
         assert got.value[:, column].tolist() in ([-step, step], [0.0, 0.0])
 

@@ -55,7 +55,6 @@ def test_of_a_linear_function_every_sample_is_the_difference_to_its_baseline():
     got = expected_gradients(lambda w, x: x @ w, weight, x, baselines=baselines[:1], samples=4)
     CLOSE(got.value, (x - baselines[0]) * weight)
     CLOSE(got.standard_error, torch.zeros_like(x))
-    assert got.samples == 4
 
 
 def test_approaches_the_mean_of_integrated_gradients_within_its_standard_error():

