@@ -1,11 +1,13 @@
-"""Quadrature nodes where the integrand needs them, found with forward-mode derivatives before any gradient is taken.
+"""Quadrature nodes where the integrand needs them, found from values of F before any gradient is taken.
 
-Along a path the scalar d/dalpha F(gamma(alpha)) costs one forward-mode pass for all targets, and its integral over every piece
-of the path is known exactly: the difference of F at its ends. So the error of a rule on a piece is not estimated but measured.
+Completeness says what the integral over any piece of the path is: the difference of F at its ends. So F is sampled along the
+path, which costs one forward pass a point for all targets, and the derivative of the polynomial through the samples stands for
+the integrand: how well a Gauss-Legendre rule would do is then known without a gradient. (The derivative itself, in forward
+mode, was measured to cost four to seven forward passes a point.)
 
-Each example has pieces of its own. A piece is sampled at Clenshaw-Curtis points, which are nested (5, 9, 17) and include both
-ends; where the error stays too large it gets more points, or is halved. At the end every piece gets the smallest Gauss-Legendre
-rule that integrates the polynomial through its samples well enough, since at these nodes the dear gradients are taken.
+Each example has pieces of its own. A piece is sampled at Chebyshev points, which are nested (5, 9, 17, 33) and include both
+ends; where half of the samples do not predict the other half, it gets more of them, or is cut in two. Then every piece gets the
+smallest rule that is good enough, since at its nodes the dear gradients are taken.
 """
 
 from __future__ import annotations
@@ -20,51 +22,54 @@ from torch import Tensor
 from torch.func import vmap
 
 from ..core.batching import chunks
-from ..core.forward_mode import push_forward
 
-LEVELS = (5, 9, 17)
+LEVELS = (5, 9, 17, 33)
+FIRST = 9
 MARGIN = 0.5  # of the tolerance: what the search aims at
-ORDERS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 17)
+SAMPLES = 4  # of F in the search, for each step that is allowed
+ORDERS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 17, 20, 24, 28)
 Array = numpy.ndarray
+Sample = Callable[[list[Array]], list[Array]]
 
 
 @dataclass
 class Piece:
-    """Samples of the integrand on [start, end], at Clenshaw-Curtis points.
-
-    Attributes:
-        rates: [n, T], d/dalpha F.
-        values: [n, T], F.
-    """
+    """Samples of F on [start, end], at Chebyshev points: [n, T]."""
 
     start: float
     end: float
-    rates: Array = field(default_factory=lambda: numpy.empty((0, 0)))
     values: Array = field(default_factory=lambda: numpy.empty((0, 0)))
 
-    def alphas(self, level: int) -> Array:
-        return self.start + (self.end - self.start) * chebyshev_points(level)
+    def new_points(self, level: int) -> Array:
+        """The points of the level that there are no samples at."""
+        alphas = self.start + (self.end - self.start) * chebyshev_points(level)
+        return alphas[_new(len(self.values), level)]
 
-    def errors(self, level: int) -> Array:
-        """[T]: how far the Clenshaw-Curtis rule on `level` of the samples is from the true integral."""
-        rates = self.rates[:: (len(self.rates) - 1) // (level - 1)]
-        weights = clenshaw_curtis_weights(level)
-        return numpy.abs((self.end - self.start) * (weights @ rates) - (self.values[-1] - self.values[0]))
+    def insert(self, level: int, values: Array) -> None:
+        """Takes the samples at the new points."""
+        new = _new(len(self.values), level)
+        merged = numpy.empty((level, values.shape[1]))
+        merged[new] = values
+        if len(self.values):
+            merged[~new] = self.values
+        self.values = merged
 
-    def doubt(self, allowed: Array) -> tuple[float, float]:
-        """The error as a share of what is allowed, and that of the rule on every second sample.
+    def surprise(self, coarser: int = 1) -> Array:
+        """[T]: how far half of the samples are from what the others predict; with `coarser=2` of every second sample."""
+        values = self.values[::coarser]
+        return numpy.abs(prediction(len(values)) @ values[::2] - values[1::2]).max(0)
 
-        A rule may be right by chance, so the first is never far below the second.
-        """
-        n = len(self.rates)
-        coarse = _share(self.errors((n + 1) // 2), allowed)
-        return max(_share(self.errors(n), allowed), coarse / 32), coarse
+    def rule_errors(self, order: int) -> Array:
+        """[T]: the error of a Gauss-Legendre rule for the derivative of the polynomial through the samples."""
+        return numpy.abs(predicted_integral(len(self.values), order) @ self.values - (self.values[-1] - self.values[0]))
 
-    def gauss_errors(self, order: int) -> Array:
-        """[T]: the same for a Gauss-Legendre rule, on the polynomial through the samples."""
-        weights = gauss_rule(order)[1]
-        rates = interpolation(len(self.rates), order) @ self.rates
-        return numpy.abs((self.end - self.start) * (weights @ rates) - (self.values[-1] - self.values[0]))
+
+def _new(have: int, level: int) -> Array:
+    """Which points of a level have no samples yet, where there are none, the two ends, or those of the level before."""
+    new = numpy.ones(level, bool)
+    if have:
+        new[:: level - 1 if have == 2 else 2] = False
+    return new
 
 
 @functools.cache
@@ -74,37 +79,38 @@ def chebyshev_points(n: int) -> Array:
 
 
 @functools.cache
-def clenshaw_curtis_weights(n: int) -> Array:
-    """The weights on `chebyshev_points(n)`: those that integrate the polynomials up to degree n - 1 exactly."""
-    degrees = numpy.arange(n)
-    moments = numpy.where(degrees % 2 == 0, 1 / (1 - degrees.astype(float) ** 2 + (degrees == 1)), 0.0)
-    return numpy.linalg.solve(numpy.polynomial.chebyshev.chebvander(2 * chebyshev_points(n) - 1, n - 1).T, moments)
-
-
-@functools.cache
 def gauss_rule(order: int) -> tuple[Array, Array]:
     nodes, weights = numpy.polynomial.legendre.leggauss(order)
     return (nodes + 1) / 2, weights / 2
 
 
+def _coefficients(n: int) -> Array:
+    """From samples at Chebyshev points to the Chebyshev coefficients of their polynomial."""
+    return numpy.linalg.inv(numpy.polynomial.chebyshev.chebvander(2 * chebyshev_points(n) - 1, n - 1))
+
+
 @functools.cache
-def interpolation(n: int, order: int) -> Array:
-    """The matrix [order, n] from samples at Chebyshev points to the values of their polynomial at Gauss-Legendre nodes."""
-    at_samples = numpy.polynomial.chebyshev.chebvander(2 * chebyshev_points(n) - 1, n - 1)
-    at_nodes = numpy.polynomial.chebyshev.chebvander(2 * gauss_rule(order)[0] - 1, n - 1)
-    return at_nodes @ numpy.linalg.inv(at_samples)
+def prediction(n: int) -> Array:
+    """The matrix from every second of n samples to the values of their polynomial at the others."""
+    m = (n + 1) // 2
+    return numpy.polynomial.chebyshev.chebvander(2 * chebyshev_points(n)[1::2] - 1, m - 1) @ _coefficients(m)
 
 
-Sample = Callable[[list[Array]], list[tuple[Array, Array]]]
+@functools.cache
+def predicted_integral(n: int, order: int) -> Array:
+    """The weights on n samples of F that give what a Gauss-Legendre rule makes of the derivative of their polynomial."""
+    nodes, weights = gauss_rule(order)
+    slopes = numpy.polynomial.chebyshev.chebder(_coefficients(n), scl=2)  # of each column; 2: from [-1, 1] to [0, 1]
+    return weights @ numpy.polynomial.chebyshev.chebvander(2 * nodes - 1, n - 2) @ slopes
 
 
 class Search:
-    """Pieces of the path of each example, sampled until the integral over every piece is known to be right.
+    """Pieces of the path of each example, sampled until F is known everywhere.
 
     Args:
-        sample: from points for each example to the values [n, T] and rates [n, T] there.
+        sample: from points for each example to the values [n, T] there.
         examples: how many.
-        max_steps: the largest number of points of an example, in the search and in the result.
+        max_steps: the largest number of nodes of an example; in the search it has `SAMPLES` times as many samples.
         floor: the error that rounding leaves, relative to the largest |F|.
     """
 
@@ -112,46 +118,48 @@ class Search:
         self.sample, self.max_steps, self.floor = sample, max_steps, floor
         self.pieces = [[Piece(0.0, 1.0)] for _ in range(examples)]
         self.used = [0] * examples
-        self._run([[(piece, LEVELS[1]) for piece in each] for each in self.pieces])
+        self._run([[(piece, FIRST) for piece in each] for each in self.pieces])
 
     def nodes(self, tolerance: float) -> list[tuple[Array, Array]]:
         """Nodes and weights for each example, at a tolerance relative to the true value of the integral."""
         while any(pending := [self._refine(e, tolerance) for e in range(len(self.pieces))]):
             self._run(pending)
-        return [_gauss_nodes(each, _scale(each, tolerance, self.floor), self.max_steps) for each in self.pieces]
+        return [_gauss_nodes(each, _allowed(each, tolerance, self.floor), self.max_steps) for each in self.pieces]
 
     def look_closer(self, examples: Sequence[int]) -> None:
         """Samples every piece of some examples at more points, for an error that the present samples do not show."""
         pending: list[list[tuple[Piece, int]]] = [[] for _ in self.pieces]
         for e in examples:
-            closer = [_closer(piece, len(piece.rates) < LEVELS[-1]) for piece in self.pieces[e]]
+            closer = [_closer(piece, len(piece.values) < LEVELS[-1]) for piece in self.pieces[e]]
             self.pieces[e] = [piece for parts in closer for piece, _ in parts]
             pending[e] = [part for parts in closer for part in parts]
         self._run(pending)
 
     def _run(self, pending: list[list[tuple[Piece, int]]]) -> None:
         """Samples pieces at their levels."""
-        wanted = [[(piece, level, _new_points(piece, level)) for piece, level in each] for each in pending]
+        wanted = [[(piece, level, piece.new_points(level)) for piece, level in each] for each in pending]
         points = [numpy.concatenate([new for *_, new in each]) if each else numpy.empty(0) for each in wanted]
-        for e, (values, rates) in enumerate(self.sample(points)):
+        for e, values in enumerate(self.sample(points)):
             self.used[e] += len(points[e])
             stop = 0
             for piece, level, new in wanted[e]:
                 start, stop = stop, stop + len(new)
-                _insert(piece, level, values[start:stop], rates[start:stop])
+                piece.insert(level, values[start:stop])
 
     def _refine(self, example: int, tolerance: float) -> list[tuple[Piece, int]]:
-        """Halves the worst pieces of an example; returns which need how many samples."""
+        """Cuts the worst pieces of an example; returns which need how many samples."""
         pieces = self.pieces[example]
-        allowed = _scale(pieces, tolerance, self.floor)
-        errors, coarse = numpy.array([piece.doubt(allowed) for piece in pieces]).T
-        budget = self.max_steps - self.used[example]
+        allowed = _allowed(pieces, tolerance, self.floor)
+        fine, coarse = numpy.array([[_share(p.surprise(), allowed), _share(p.surprise(2), allowed)] for p in pieces]).T
+        # All samples together predict better than half of them did, by as much as half did than a quarter.
+        errors = fine * numpy.minimum(1, fine / (coarse + 1e-30))
+        budget = SAMPLES * self.max_steps - self.used[example]
         open_error = errors.sum()
         closer: dict[int, list[tuple[Piece, int]]] = {}
         # The largest errors first, until what the others leave is half of what is allowed.
         for i in numpy.argsort(-errors) if open_error > MARGIN else ():
-            piece, n = pieces[i], len(pieces[i].rates)
-            raised = n < LEVELS[-1] and errors[i] < coarse[i] / 8
+            piece, n = pieces[i], len(pieces[i].values)
+            raised = n < LEVELS[-1] and fine[i] < coarse[i] / 3
             cost = n - 1 if raised else 2 * (LEVELS[0] - 2)
             if cost > budget or open_error <= MARGIN / 2:
                 break
@@ -168,46 +176,21 @@ def _share(errors: Array, allowed: Array) -> float:
     return float(numpy.nan_to_num(errors / allowed, nan=1e30, posinf=1e30).max())
 
 
-def _scale(pieces: list[Piece], tolerance: float, floor: float) -> Array:
+def _allowed(pieces: list[Piece], tolerance: float, floor: float) -> Array:
     """[T]: the error that is allowed in total."""
-    values = numpy.concatenate([piece.values for piece in pieces])
+    largest = numpy.max([numpy.abs(piece.values).max(0) for piece in pieces], 0)
     true = numpy.abs(pieces[-1].values[-1] - pieces[0].values[0])
-    return numpy.maximum(tolerance * true, floor * numpy.abs(values).max(0)) + numpy.finfo(float).tiny
-
-
-def _new_points(piece: Piece, level: int) -> Array:
-    """The points of the level that the piece has no samples at."""
-    alphas = piece.alphas(level)
-    have = len(piece.rates)
-    if have == 0:
-        return alphas
-    if have == 2:  # the ends, from the piece that was halved
-        return alphas[1:-1]
-    return alphas[1::2]
-
-
-def _insert(piece: Piece, level: int, values: Array, rates: Array) -> None:
-    have = len(piece.rates)
-    rates = numpy.where(numpy.isfinite(rates), rates, numpy.nan)  # arithmetic with infinities warns
-    if have == 0:
-        piece.values, piece.rates = values, rates
-        return
-    known = numpy.zeros(level, bool)
-    known[[0, -1] if have == 2 else slice(None, None, 2)] = True
-    for name, new in (("values", values), ("rates", rates)):
-        merged = numpy.empty((level, new.shape[1]))
-        merged[known], merged[~known] = getattr(piece, name), new
-        setattr(piece, name, merged)
+    return numpy.maximum(tolerance * true, floor * largest) + numpy.finfo(float).tiny
 
 
 def _closer(piece: Piece, raised: bool) -> list[tuple[Piece, int]]:
     """The piece at the next level, or its halves at the first one."""
-    n = len(piece.rates)
+    n = len(piece.values)
     if raised:
         return [(piece, 2 * n - 1)]
     middle = (piece.start + piece.end) / 2
     return [
-        (Piece(start, end, piece.rates[[i, j]], piece.values[[i, j]]), LEVELS[0])
+        (Piece(start, end, piece.values[[i, j]]), LEVELS[0])
         for start, end, i, j in ((piece.start, middle, 0, n // 2), (middle, piece.end, n // 2, -1))
     ]
 
@@ -215,12 +198,14 @@ def _closer(piece: Piece, raised: bool) -> list[tuple[Piece, int]]:
 def _gauss_nodes(pieces: list[Piece], allowed: Array, most: int) -> tuple[Array, Array]:
     """The nodes of Gauss-Legendre rules on the pieces, with as few nodes as the errors allow."""
     # errors[i, k] of piece i with order k. A rule may be right by chance, so the next one has to be as good.
-    errors = numpy.array([[_share(piece.gauss_errors(order), allowed) for order in ORDERS] for piece in pieces])
+    errors = numpy.array([[_share(piece.rule_errors(order), allowed) for order in ORDERS] for piece in pieces])
     errors[:, :-1] = numpy.maximum(errors[:, :-1], errors[:, 1:])
+    # More nodes than samples follow the polynomial between them, which is not known to be the function.
+    last = numpy.array([sum(order < len(piece.values) for order in ORDERS) - 1 for piece in pieces])
     chosen = numpy.zeros(len(pieces), int)
     rows = numpy.arange(len(pieces))
     while (left := errors[rows, chosen]).sum() > MARGIN and sum(ORDERS[k] for k in chosen) < most:
-        open_rows = numpy.where(chosen < len(ORDERS) - 1, left, -1.0)
+        open_rows = numpy.where(chosen < last, left, -1.0)
         worst = int(open_rows.argmax())
         if open_rows[worst] <= MARGIN / (2 * len(pieces)):
             break
@@ -234,31 +219,25 @@ def _gauss_nodes(pieces: list[Piece], allowed: Array, most: int) -> tuple[Array,
 def sampler(
     scores: Callable[[Tensor], Tensor], batch: tuple[int, ...], dtype: torch.dtype, device: torch.device, chunk_size: int | None
 ) -> Sample:
-    """Samples F and d/dalpha F for all examples at once; those that need fewer points than others repeat some.
+    """Samples F for all examples at once; those that need fewer points than others repeat some.
 
     Args:
         scores: from alpha, Tensor [*batch], to the target values [*B, T].
         batch: [*B] where every example has points of its own, [] where they share them.
-        dtype, device: of alpha.
+        dtype: of alpha.
+        device: of alpha.
         chunk_size: how many points run at once.
     """
 
-    def sample(points: list[Array]) -> list[tuple[Array, Array]]:
+    def sample(points: list[Array]) -> list[Array]:
         longest = max(len(p) for p in points)
         padded = numpy.stack([numpy.append(p, numpy.full(longest - len(p), 0.5)) for p in points], 1)
         alphas = torch.tensor(padded, dtype=dtype, device=device).reshape(longest, *batch)
-        derivative = functools.partial(push_forward, scores)
-        parts = [
-            vmap(lambda a: derivative((a,), (torch.ones_like(a),)), randomness="different")(alphas[chunk])
-            for chunk in chunks(longest, chunk_size)
-        ]
-        values, rates = (torch.cat(each).double().cpu() for each in zip(*parts))  # [S, *B, T]
-        count = values.shape[-1]
-        if batch:
-            return [
-                (v[: len(p)], r[: len(p)])
-                for v, r, p in zip(*(x.reshape(longest, -1, count).movedim(1, 0).numpy() for x in (values, rates)), points)
-            ]
-        return [(values.reshape(longest, -1).numpy(), rates.reshape(longest, -1).numpy())]
+        with torch.no_grad():
+            parts = [vmap(scores, randomness="different")(alphas[chunk]) for chunk in chunks(longest, chunk_size)]
+        values = torch.cat(parts).double().cpu()  # [S, *B, T]
+        if not batch:
+            return [values.reshape(longest, -1).numpy()]
+        return [v[: len(p)] for v, p in zip(values.reshape(longest, -1, values.shape[-1]).movedim(1, 0).numpy(), points)]
 
     return sample

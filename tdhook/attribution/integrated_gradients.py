@@ -81,13 +81,13 @@ def integrated_gradients(
         at: sites: integrate between the activations of baselines and inputs there, instead of the inputs. What lies before the
             sites is computed once.
         path: gamma: a function (start, end, alpha) -> point, such as `straight` or `gaussian_blur()`.
-        steps: number of path points; or `"auto"`: as many as `tolerance` needs, where each example needs them. The integrand
-            along the path is sampled first, in forward mode; gradients are taken at the nodes of the result only.
+        steps: number of path points; or `"auto"`: as many as `tolerance` needs, where each example needs them. F is sampled
+            along the path first; gradients are taken at the nodes of the result only.
         quadrature: for a number of steps: `"gauss_legendre"`, `"riemann_left"`, `"riemann_right"`, `"midpoint"` or
             `"trapezoid"`.
         tolerance: for `steps="auto"`: the largest error of completeness, relative to |F(x) - F(x')|, for every target.
-        max_steps: for `steps="auto"`: the largest number of path points for an example, those of the search and those of the
-            result each.
+        max_steps: for `steps="auto"`: the largest number of path points for an example; the search before may take four times
+            as many values of F.
         groups: features whose attributions are summed: integer tensors in the structure of what is explained, or a `Groups`.
         through: a site that every path from the tensors that move to the targets passes, and that has fewer coordinates H than
             there are targets: the penultimate features, the last hidden state. H cotangents are pulled back instead of T.
@@ -112,8 +112,8 @@ def integrated_gradients(
 
     Cost: `steps` forward passes, vmapped, whatever the number of targets; then `steps * T` backward passes, or `steps * G`
         forward-mode passes, or `steps * H` of both through a site, vmapped. With `at` the forward passes start at the sites,
-        after one whole pass for inputs and one for baselines. `steps="auto"` adds one forward-mode pass for every point of the
-        search, 9 for a smooth function.
+        after one whole pass for inputs and one for baselines. `steps="auto"` adds one forward pass for every sample of the
+        search, 9 to 33 for a smooth function, and starts again, with more samples, where the result misses the tolerance.
 
     Source: Sundararajan, Taly, Yan, "Axiomatic Attribution for Deep Networks" (2017).
 
@@ -302,7 +302,7 @@ def _adaptive(
         error = (_summed(results, difference) - difference).abs()
         converged = error <= allowed
         each = converged.all(0).tolist() if batch else [bool(converged.all())]
-        missed = [e for e, good in enumerate(each) if not good and search.used[e] < max_steps / 2]
+        missed = [e for e, good in enumerate(each) if not good and search.used[e] < 2 * max_steps]
         if not missed:
             break
     plural = what.several[0]

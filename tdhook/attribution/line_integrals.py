@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from ..core.batching import chunks, pull_each, vmap_or_loop
+from ..core.compat import is_compiling, is_wrapped
 from ..core.explained import Explained
 from ..core.forward_mode import push_forward
 from ..core.groups import Groups
@@ -188,36 +189,46 @@ def integrate_through(
     """
     totals: list[Tensor] = []
     progress(0, len(nodes))
-    for chunk in chunks(len(nodes), chunk_size):
-        at_once = None if chunk_size is None else max(1, chunk_size // len(nodes[chunk]))
+    width = head.evaluate(head.values)[(0,) * int(what.batched())].numel()
+    for chunk in chunks(len(nodes), chunk_size and max(1, chunk_size // width)):
+        at_once = chunk_size and max(1, chunk_size // len(nodes[chunk]))
         totals = _added(totals, _chunk_through(what, head, tail, nodes[chunk], at_once))
         progress(chunk.stop, len(nodes))
     return totals
 
 
 def _chunk_through(what: Integrand, head: Explained, tail: Explained, nodes: Nodes, at_once: int | None) -> list[Tensor]:
-    def scores(narrow: Tensor) -> Tensor:
-        return what.chosen(tail.evaluate([narrow]))
+    points = vmap(what.path.points)(nodes.alphas)
+    velocities = vmap(what.path.velocities)(nodes.alphas) if what.multiply else [torch.ones_like(p) for p in points]
+    narrow, pull, *_ = vjp(lambda moved: vmap_or_loop(head.evaluate, moved), points)  # [S, *B, *H]
 
-    def two_jacobians(alpha: Tensor) -> tuple[Tensor, list[Tensor]]:
-        points = what.path.points(alpha)
-        narrow, pull, *_ = vjp(head.evaluate, points)
-        lead = scores(narrow).ndim - 1
-        units = torch.eye(narrow[(0,) * lead].numel(), dtype=narrow.dtype, device=narrow.device)
-        units = units.reshape(-1, *[1] * lead, *narrow.shape[lead:]).expand(-1, *narrow.shape)
-        after = vmap(lambda unit: push_forward(scores, (narrow,), (unit,))[1], chunk_size=at_once)(units)
-        before = list(vmap(lambda unit: pull(unit)[0], chunk_size=at_once)(units))
-        if what.multiply:
-            before = [b * v for b, v in zip(before, what.path.velocities(alpha))]
-        return after, before if what.groups is None else [what.groups.sums(before)]
+    def scores(values: Tensor) -> Tensor:
+        return vmap_or_loop(lambda value: what.chosen(tail.evaluate([value])), values)
 
-    after, before = vmap_or_loop(two_jacobians, nodes.alphas)  # [S, H, *B, T] and [S, H, *B, *features]
-    weights = nodes.weights.to(after.dtype)
-    weighted = after * weights.reshape(len(weights), 1, *weights.shape[1:], *[1] * (after.ndim - 1 - weights.ndim))
+    lead = scores(narrow).ndim - 1
+    units = torch.eye(narrow[(0,) * lead].numel(), dtype=narrow.dtype, device=narrow.device)
+    units = units.reshape(-1, *[1] * lead, *narrow.shape[lead:]).expand(-1, *narrow.shape)
+    totals: list[Tensor] = []
+    for some in chunks(len(units), at_once):
+        after = vmap(lambda unit: push_forward(scores, (narrow,), (unit,))[1])(units[some])  # [H, S, *B, T]
+        before = [b * v for b, v in zip(vmap(lambda unit: pull(unit)[0])(units[some]), velocities)]  # [H, S, *B, *features]
+        if what.groups is not None:
+            before = [what.groups.sums(before)]
+        totals = _added(totals, _contracted(after, before, nodes.weights))
+    return totals
+
+
+def _contracted(after: Tensor, before: list[Tensor], weights: Tensor) -> list[Tensor]:
+    """The sum over coordinates and nodes of products of [H, S, *B, T] and [H, S, *B, *features]: each [T, *B, *features]."""
+    weights = weights.to(after.dtype).reshape(*weights.shape, *[1] * (after.ndim - 1 - weights.ndim))
     batch, count = after.shape[2:-1], after.shape[-1]
-    left = weighted.reshape(-1, batch.numel(), count)
+    weighted = [b * weights.reshape(*weights.shape[:-1], *[1] * (b.ndim - weights.ndim)) for b in before]
+    if not is_compiling() and not is_wrapped(after) and bool((after == after[:, :1]).all()):
+        # Linear from the narrow site on: the nodes can be summed up first.
+        after, weighted = after[:, :1], [w.sum(1, keepdim=True) for w in weighted]
+    left = after.reshape(-1, batch.numel(), count)
     results = []
-    for jacobian in before:
+    for jacobian in weighted:
         features = jacobian.shape[2 + len(batch) :]
         right = jacobian.reshape(-1, batch.numel(), features.numel())
         results.append(einsum(left, right, "h b t, h b d -> t b d").reshape(count, *batch, *features))
