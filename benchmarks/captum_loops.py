@@ -37,7 +37,7 @@ def looped(choices: Mapping[str, Callable[[int], Any]], targets: Sequence[int], 
         {name: partial(loop, explain, [targets[i] for i in some]) for name, explain in choices.items()},
         view=lambda result: result[some],
         scale=len(targets) / timed,
-        note="NOT MEASURED WHOLE: the loop is timed on a few targets (`timed` in the JSON) and the time scaled linearly to all; "
+        note="NOT MEASURED WHOLE: the loop is timed on a few targets (`timed` in the JSON) and the time is scaled linearly; "
         "agreement is checked on these, and the peak memory is that of these",
     )
 

@@ -7,6 +7,7 @@ weights F is almost a polynomial, and every quadrature is good.
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ class SmoothMLP(nn.Module):
         super().__init__()
         widths = [features, *[width] * height]
         self.flatten = nn.Flatten()
-        self.body = nn.Sequential(*(nn.Sequential(nn.Linear(a, b), activation()) for a, b in zip(widths, widths[1:])))
+        self.body = nn.Sequential(*(nn.Sequential(nn.Linear(a, b), activation()) for a, b in itertools.pairwise(widths)))
         self.head = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ class ResNet20(nn.Module):
         super().__init__()
         widths = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
         self.stem = nn.Sequential(nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), activation())
-        self.blocks = nn.Sequential(*(Residual(a, b, activation) for a, b in zip(widths, widths[1:])))
+        self.blocks = nn.Sequential(*(Residual(a, b, activation) for a, b in itertools.pairwise(widths)))
         self.head = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -59,9 +59,9 @@ class Piece:
         values = self.values[::coarser]
         return numpy.abs(prediction(len(values)) @ values[::2] - values[1::2]).max(0)
 
-    def rule_errors(self, order: int) -> Array:
-        """[T]: the error of a Gauss-Legendre rule for the derivative of the polynomial through the samples."""
-        return numpy.abs(predicted_integral(len(self.values), order) @ self.values - (self.values[-1] - self.values[0]))
+    def rule_errors(self) -> Array:
+        """[len(ORDERS), T]: the errors of the Gauss-Legendre rules for the derivative of the polynomial through the samples."""
+        return numpy.abs(predicted_integrals(len(self.values)) @ self.values - (self.values[-1] - self.values[0]))
 
 
 def _new(have: int, level: int) -> Array:
@@ -97,11 +97,11 @@ def prediction(n: int) -> Array:
 
 
 @functools.cache
-def predicted_integral(n: int, order: int) -> Array:
-    """The weights on n samples of F that give what a Gauss-Legendre rule makes of the derivative of their polynomial."""
-    nodes, weights = gauss_rule(order)
+def predicted_integrals(n: int) -> Array:
+    """[len(ORDERS), n]: what the Gauss-Legendre rules make of the derivative of the polynomial through n samples."""
     slopes = numpy.polynomial.chebyshev.chebder(_coefficients(n), scl=2)  # of each column; 2: from [-1, 1] to [0, 1]
-    return weights @ numpy.polynomial.chebyshev.chebvander(2 * nodes - 1, n - 2) @ slopes
+    rules = [gauss_rule(order) for order in ORDERS]
+    return numpy.stack([w @ numpy.polynomial.chebyshev.chebvander(2 * nodes - 1, n - 2) @ slopes for nodes, w in rules])
 
 
 class Search:
@@ -150,7 +150,7 @@ class Search:
         """Cuts the worst pieces of an example; returns which need how many samples."""
         pieces = self.pieces[example]
         allowed = _allowed(pieces, tolerance, self.floor)
-        fine, coarse = numpy.array([[_share(p.surprise(), allowed), _share(p.surprise(2), allowed)] for p in pieces]).T
+        fine, coarse = (_share(numpy.stack([p.surprise(step) for p in pieces]), allowed) for step in (1, 2))
         # All samples together predict better than half of them did, by as much as half did than a quarter.
         errors = fine * numpy.minimum(1, fine / (coarse + 1e-30))
         budget = SAMPLES * self.max_steps - self.used[example]
@@ -171,9 +171,10 @@ class Search:
         return [part for parts in closer.values() for part in parts]
 
 
-def _share(errors: Array, allowed: Array) -> float:
-    """The largest error of a target, as a share of what is allowed; where the model gave no finite number, a huge one."""
-    return float(numpy.nan_to_num(errors / allowed, nan=1e30, posinf=1e30).max())
+def _share(errors: Array, allowed: Array) -> Array:
+    """The largest of errors [..., T] as a share of what is allowed; where the model gave no finite number, a huge one."""
+    largest = (errors / allowed).max(-1)
+    return numpy.where(numpy.isfinite(largest), largest, 1e30)
 
 
 def _allowed(pieces: list[Piece], tolerance: float, floor: float) -> Array:
@@ -198,7 +199,7 @@ def _closer(piece: Piece, raised: bool) -> list[tuple[Piece, int]]:
 def _gauss_nodes(pieces: list[Piece], allowed: Array, most: int) -> tuple[Array, Array]:
     """The nodes of Gauss-Legendre rules on the pieces, with as few nodes as the errors allow."""
     # errors[i, k] of piece i with order k. A rule may be right by chance, so the next one has to be as good.
-    errors = numpy.array([[_share(piece.rule_errors(order), allowed) for order in ORDERS] for piece in pieces])
+    errors = _share(numpy.stack([piece.rule_errors() for piece in pieces]), allowed)
     errors[:, :-1] = numpy.maximum(errors[:, :-1], errors[:, 1:])
     # More nodes than samples follow the polynomial between them, which is not known to be the function.
     last = numpy.array([sum(order < len(piece.values) for order in ORDERS) - 1 for piece in pieces])

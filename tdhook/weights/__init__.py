@@ -5,8 +5,9 @@ from .circuit_pruning import Circuit, prune_circuit
 from .lora import energy_ranks, lora_from_difference, lora_init, lora_merge, lora_unmerge
 from .merging import dare, slerp, ties
 from .pruning import Pruned, Units, prune
-from .scores import fisher, gradient_x_weight, magnitude, optimal_brain_damage, taylor, wanda
+from .scores import fisher, gradient_x_weight, magnitude, optimal_brain_damage, taylor
 from .task_vectors import Strength, add_task_vectors, analogy, choose_strength, task_vector
+from .wanda import wanda
 
 __all__ = [
     "Circuit",

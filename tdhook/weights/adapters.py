@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 from torch import Tensor
 
@@ -30,7 +30,7 @@ class CrossLayer:
     function: Callable[[Any, Tensor, Tensor], Tensor]
 
 
-Adapter = Union[Callable[[Any, Tensor], Tensor], CrossLayer]
+Adapter = Callable[[Any, Tensor], Tensor] | CrossLayer
 
 
 class _Adapting(Handler):
@@ -79,8 +79,8 @@ def adapt(f: FunctionalModel, adapters: Mapping[Any, Adapter]) -> FunctionalMode
         value at site := adapter(adapter_params[site], value)
         value at site := adapter(adapter_params[site], value at source, value)        across layers
 
-    A functional model is such a function, so any `nn.Module` is an adapter: `adapter, its_params = functionalize(module)`. So are
-    a probe's projection, a dictionary's reconstruction and a low-rank update.
+    A functional model is such a function, so any `nn.Module` is an adapter: `adapter, its_params = functionalize(module)`. So
+    are a probe's projection, a dictionary's reconstruction and a low-rank update.
 
     Args:
         f: functional model.

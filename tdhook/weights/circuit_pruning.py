@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -18,7 +18,7 @@ from ..core.writing import intervene
 from .pruning import SCOPES
 from .ranking import Amount, above_lowest, count_of, require_amount, require_ordered
 
-Replacement = Union[float, Mapping[str, Tensor], TensorDictBase]
+Replacement = float | Mapping[str, Tensor] | TensorDictBase
 
 
 class Circuit(NamedTuple):
@@ -50,8 +50,8 @@ def prune_circuit(
         f: functional model.
         relevance: for each site a Tensor [U] of one number per unit, from any attribution: `attribution.abs().mean(0)`, say.
         amount: how much to ablate: a fraction (float) or number (int) of units, or a tensor [] of either.
-        axis: axis of the values at the sites that counts the units: -1 for neurons, 1 for channels of [B, C, H, W] and for heads
-            of [B, H, L, D].
+        axis: axis of the values at the sites that counts the units: -1 for neurons, 1 for channels of [B, C, H, W] and for
+            heads of [B, H, L, D].
         scope: rank the units of all sites together (`"global"`) or those of each site (`"tensor"`).
         ablation: what takes the place of a unit: a number, or for each site a tensor that broadcasts to the value there, such
             as its mean over a data set.

@@ -10,10 +10,12 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from ..core.errors import InputError, TargetError
+from ..core.forward_mode import _plain_attention
 from ..core.structure import describe, tensors
 from .moving import Moving
 
 Loss = Callable[..., Tensor]
+LossOfExample = Callable[[Sequence[Tensor], Tensor], Tensor]
 
 
 def example(data: Any, index: Tensor) -> Any:
@@ -67,15 +69,21 @@ def measured(loss: Loss, output: Any, labels: Any) -> Tensor:
     return value.reshape(())
 
 
-def loss_of_example(
-    f: Any, moved: Moving, inputs: Any, labels: Any, loss: Loss
-) -> Callable[[Sequence[Tensor], Tensor], Tensor]:
-    """The loss as a function of the moving parameters and the index of an example."""
+def output_of_example(f: Any, moved: Moving, inputs: Any) -> Callable[[Sequence[Tensor], Tensor], Any]:
+    """The output for a batch of one as a function of the moving parameters and the index of an example."""
 
-    def evaluate(values: Sequence[Tensor], index: Tensor) -> Tensor:
-        return measured(loss, f(moved.put(values), example(inputs, index)), example(labels, index))
+    def evaluate(values: Sequence[Tensor], index: Tensor) -> Any:
+        # torch 2.13 runs the fused kernels of attention one example after the other inside a vmap, with a warning.
+        with _plain_attention():
+            return f(moved.put(values), example(inputs, index))
 
     return evaluate
+
+
+def loss_of_example(f: Any, moved: Moving, inputs: Any, labels: Any, loss: Loss) -> LossOfExample:
+    """The loss as a function of the moving parameters and the index of an example."""
+    output = output_of_example(f, moved, inputs)
+    return lambda values, index: measured(loss, output(values, index), example(labels, index))
 
 
 def indices(count: int, inputs: Any, part: slice = slice(None)) -> Tensor:

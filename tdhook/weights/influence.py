@@ -1,24 +1,23 @@
-"""The influence of training examples: TracIn over checkpoints, self-influence, and influence functions."""
+"""The influence of training examples, traced over checkpoints: TracIn and self-influence."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
-from torch.func import grad, vmap
+from torch.func import grad
 
 from ..core.batching import chunks, vmap_or_loop
 from ..core.checks import require_gradients, require_positive, warn_if_stochastic
 from ..core.errors import InputError
 from ..core.structure import describe
-from .curvature import conjugate_gradient, curvature_product
 from .examples import Loss, count_examples, indices, loss_of_example, pair, require_loss
 from .moving import Moving, moving
 from .selection import Select, require_params, require_same_structure
+from .sketch import count_sketch, wide
 
 Gradient = Callable[[Tensor], list[Tensor]]
 
@@ -55,7 +54,7 @@ def tracin(
         learning_rates: eta, a number or one for each checkpoint: of the steps that a checkpoint stands for.
         parameters: names or patterns (`select_parameters`); None for all. The last layer alone is TracIn-Last.
         projection: k, or None for exact inner products.
-        generator: of the hash; None for the global one.
+        generator: of the hash; None for the global one. Compiled code takes none.
         chunk_size: how many examples, of either set, run at once; None for all.
 
     Returns:
@@ -82,23 +81,23 @@ def tracin(
     (inputs, labels), (test_inputs, test_labels) = pair("train", train), pair("test", test)
     count = count_examples("train", inputs, labels)
     tests = count_examples("test", test_inputs, test_labels)
-    hashed = _hash(moving(f, listed[0], parameters), projection, generator)
+    hashed = count_sketch(moving(f, listed[0], parameters).values, projection, generator)
     total: Any = 0
     for params, rate in zip(listed, rates):
         moved = moving(f, params, parameters)
-        gradient = _gradient(f, moved, inputs, labels, loss)
-        test_gradient = _gradient(f, moved, test_inputs, test_labels, loss)
+        gradient = gradient_of_example(f, moved, inputs, labels, loss)
+        test_gradient = gradient_of_example(f, moved, test_inputs, test_labels, loss)
         if hashed is None:
             rows = []
             for part in chunks(tests, chunk_size):
                 vectors = vmap_or_loop(test_gradient, indices(tests, test_inputs, part), chunk_size)
-                rows.append(_products(vectors, gradient, indices(count, inputs), chunk_size))
-            products = torch.cat(rows)
+                rows.append(products(vectors, gradient, indices(count, inputs), chunk_size))
+            scores = torch.cat(rows)
         else:
             right = vmap_or_loop(lambda i, g=gradient: hashed(g(i)), indices(count, inputs), chunk_size)
             left = vmap_or_loop(lambda i, g=test_gradient: hashed(g(i)), indices(tests, test_inputs), chunk_size)
-            products = left @ right.mT
-        total = total + rate * products
+            scores = left @ right.mT
+        total = total + rate * scores
     return total
 
 
@@ -139,7 +138,7 @@ def self_influence(
     count = count_examples("train", inputs, labels)
     total: Any = 0
     for params, rate in zip(listed, rates):
-        gradient = _gradient(f, moving(f, params, parameters), inputs, labels, loss)
+        gradient = gradient_of_example(f, moving(f, params, parameters), inputs, labels, loss)
 
         def square(index: Tensor, gradient: Gradient = gradient) -> Tensor:
             return torch.stack([g.square().sum() for g in gradient(index)]).sum()
@@ -148,145 +147,21 @@ def self_influence(
     return total
 
 
-class Influence(NamedTuple):
-    """Influence functions and how well their systems were solved.
-
-    Attributes:
-        scores: Tensor [M, N].
-        residual: Tensor [M]: |(H + damping) s - g| / |g| of the solution for each test example.
-    """
-
-    scores: Tensor
-    residual: Tensor
-
-
-def influence_functions(
-    f: Any,
-    params: Any,
-    train: tuple[Any, Any],
-    test: tuple[Any, Any],
-    loss: Loss,
-    *,
-    damping: float,
-    iterations: int = 100,
-    tolerance: float = 1e-5,
-    curvature: Literal["gauss_newton", "hessian"] = "gauss_newton",
-    parameters: Select = None,
-    chunk_size: int | None = None,
-) -> Influence:
-    """How much more weight on each training example would lower the loss of each test example, after training again.
-
-        influence[m, n] = grad loss(z_m)^T (H + damping I)^-1 grad loss(z_n)
-
-    with the sign of `tracin`: positive is helpful. (Koh and Liang's `I_up,loss` has the other sign.)
-
-    Args:
-        f: function of `(params, inputs)`.
-        params: parameters at or near a minimum of the mean loss of `train`.
-        train, test, loss, parameters: as in `tracin`.
-        damping: added to the curvature; it has to exceed the most negative eigenvalue for `curvature="hessian"`.
-        iterations, tolerance: of `conjugate_gradient`.
-        curvature: H of the mean training loss: `"gauss_newton"`, which is positive semidefinite for a convex loss of the
-            output, or `"hessian"`.
-        chunk_size: how many examples, of either set, run at once; None for all.
-
-    Returns:
-        `Influence` with `scores` [M, N] and `residual` [M].
-
-    Raises:
-        InputError: as `tracin`; a damping that is negative; an unknown curvature.
-
-    Cost: `iterations` curvature products on the training set for each test example, vmapped over a chunk of them; then N
-    gradients for each chunk.
-
-    Source: Koh and Liang, "Understanding Black-box Predictions via Influence Functions" (2017); Martens, "New Insights and
-    Perspectives on the Natural Gradient Method" (2020) for the Gauss-Newton matrix.
-
-    Examples:
-        >>> f, params = tdhook.functionalize(torch.nn.Linear(2, 1, bias=False))
-        >>> x = torch.eye(2)
-        >>> data = (x, torch.zeros(2, 1))
-        >>> influence_functions(f, params, data, data, torch.nn.functional.mse_loss, damping=0.1).scores.shape
-        torch.Size([2, 2])
-    """
-    require_gradients("influence_functions")
-    require_loss(loss)
-    require_positive("chunk_size", chunk_size, optional=True)
-    (inputs, labels), (test_inputs, test_labels) = pair("train", train), pair("test", test)
-    count = count_examples("train", inputs, labels)
-    tests = count_examples("test", test_inputs, test_labels)
-    moved = moving(f, params, parameters)
-    product = curvature_product(f, moved, inputs, labels, loss, curvature, chunk_size)
-    warn_if_stochastic(f, "influence_functions")
-    gradient = _gradient(f, moved, inputs, labels, loss)
-    test_gradient = _gradient(f, moved, test_inputs, test_labels, loss)
-
-    def solved(index: Tensor) -> Any:
-        return conjugate_gradient(product, test_gradient(index), damping=damping, iterations=iterations, tolerance=tolerance)
-
-    rows, residuals = [], []
-    for part in chunks(tests, chunk_size):
-        solution = vmap(solved)(indices(tests, test_inputs, part))
-        rows.append(_products(solution.value, gradient, indices(count, inputs), chunk_size))
-        residuals.append(solution.residual)
-    return Influence(torch.cat(rows), torch.cat(residuals))
-
-
-@dataclass(frozen=True)
-class CountSketch:
-    """A random linear map of lists of tensors to k numbers that keeps inner products in expectation.
-
-    Attributes:
-        buckets: for each tensor the bucket of every element, an integer Tensor [n].
-        signs: for each tensor 1 or -1 for every element, Tensor [n].
-        size: k.
-    """
-
-    buckets: list[Tensor]
-    signs: list[Tensor]
-    size: int
-
-    def __call__(self, values: Sequence[Tensor]) -> Tensor:
-        total = values[0].new_zeros(self.size, dtype=_wide(values[0]))
-        for value, bucket, sign in zip(values, self.buckets, self.signs):
-            total = total.index_add(0, bucket, value.flatten().to(total.dtype) * sign.to(total.dtype))
-        return total
-
-
-def _hash(moved: Moving, size: int | None, generator: torch.Generator | None) -> CountSketch | None:
-    require_positive("projection", size, optional=True)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise InputError(f"generator is {describe(generator)}; give a torch.Generator, torch.Generator().manual_seed(0) say.")
-    if size is None:
-        return None
-    buckets, signs = [], []
-    for value in moved.values:
-        where = value.device if generator is None else generator.device
-        buckets.append(torch.randint(size, (value.numel(),), generator=generator, device=where).to(value.device))
-        coins = torch.randint(2, (value.numel(),), generator=generator, device=where).to(value.device)
-        signs.append((2 * coins - 1).to(torch.int8))
-    return CountSketch(buckets, signs, size)
-
-
-def _gradient(f: Any, moved: Moving, inputs: Any, labels: Any, loss: Loss) -> Gradient:
+def gradient_of_example(f: Any, moved: Moving, inputs: Any, labels: Any, loss: Loss) -> Gradient:
     """From the index of an example to the gradient of its loss."""
     gradient = grad(loss_of_example(f, moved, inputs, labels, loss))
     return lambda index: gradient(moved.values, index)
 
 
-def _products(vectors: Sequence[Tensor], gradient: Gradient, examples: Tensor, chunk_size: int | None) -> Tensor:
+def products(vectors: Sequence[Tensor], gradient: Gradient, examples: Tensor, chunk_size: int | None) -> Tensor:
     """Inner products [m, N] of m vectors with the gradients of all examples, which are not kept."""
-    flat = [vector.flatten(1).to(_wide(vector)) for vector in vectors]
+    flat = [vector.flatten(1).to(wide(vector)) for vector in vectors]
 
     def against(index: Tensor) -> Tensor:
         parts = [left @ g.flatten().to(left.dtype) for left, g in zip(flat, gradient(index))]
         return torch.stack(parts).sum(0)
 
     return vmap_or_loop(against, examples, chunk_size).mT
-
-
-def _wide(value: Tensor) -> torch.dtype:
-    return torch.promote_types(value.dtype, torch.float32)
 
 
 def _checked(
@@ -312,10 +187,12 @@ def _checked(
     for i, params in enumerate(listed):
         require_params(f"checkpoints[{i}]", params)
         require_same_structure("checkpoints[0]", listed[0], f"checkpoints[{i}]", params)
-    if isinstance(learning_rates, (int, float)):
+    if isinstance(learning_rates, (int, float)) or (isinstance(learning_rates, Tensor) and learning_rates.ndim == 0):
         rates: list[Any] = [learning_rates] * len(listed)
-    else:
+    elif isinstance(learning_rates, (Sequence, Tensor)) and not isinstance(learning_rates, str):
         rates = list(learning_rates)
+    else:
+        raise InputError(f"learning_rates is {describe(learning_rates)}; give a number, or one for each checkpoint.")
     if len(rates) != len(listed):
         raise InputError(
             f"learning_rates has {len(rates)} numbers for {len(listed)} checkpoints; give one each, or one number."

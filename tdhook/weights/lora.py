@@ -7,7 +7,7 @@ update of a convolution is that of its matrix [out, in * kernel].
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Union
+from typing import Any
 
 import torch
 from einops import einsum, rearrange
@@ -19,6 +19,7 @@ from ..core.compat import is_compiling, is_wrapped
 from ..core.errors import InputError, ParamsError
 from ..core.structure import describe
 from .selection import (
+    MATRICES,
     Key,
     Select,
     by_parameter,
@@ -31,8 +32,7 @@ from .selection import (
     select_parameters,
 )
 
-MATRICES = 2
-Rank = Union[int, Mapping[str, int]]
+Rank = int | Mapping[str, int]
 
 
 def lora_init(
@@ -46,7 +46,7 @@ def lora_init(
         params: nested TensorDict.
         rank: of every update; or a mapping from names or patterns to ranks, which then selects too.
         select: names or patterns of weights; None: all floating-point tensors of two dimensions or more.
-        generator: of the random numbers; None: the global one.
+        generator: of the random numbers; None: the global one. torch does not compile with a generator.
 
     Returns:
         TensorDict with `down` and `up` at the path of each selected weight, in its dtype, on its device.
@@ -104,7 +104,8 @@ def lora_merge(params: TensorDictBase, lora: TensorDictBase, scale: float | Tens
         >>> _, params = tdhook.functionalize(torch.nn.Linear(2, 2, bias=False))
         >>> lora = lora_init(params, 1)
         >>> lora["weight", "up"] = torch.ones(2, 1)
-        >>> torch.allclose(lora_merge(params, lora)["weight"] - params["weight"], lora["weight", "down"].expand(2, 2), atol=1e-6)
+        >>> change = lora_merge(params, lora)["weight"] - params["weight"]
+        >>> torch.allclose(change, lora["weight", "down"].expand(2, 2), atol=1e-6)
         True
     """
     require_params("params", params)
@@ -115,12 +116,12 @@ def lora_merge(params: TensorDictBase, lora: TensorDictBase, scale: float | Tens
         if key not in tensors:
             raise ParamsError(f"lora updates {parameter_name(key)!r}, which params has not.")
         weight = tensors[key]
-        update = einsum(up, down.flatten(1), "out rank, rank rest -> out rest") if up.ndim == MATRICES else None
-        if update is None or update.shape[:1] + down.shape[1:] != weight.shape:
+        if up.ndim != MATRICES or (up.shape[0], *down.shape[1:]) != weight.shape or up.shape[1] != len(down):
             raise ParamsError(
                 f"lora at {parameter_name(key)!r} has up {list(up.shape)} and down {list(down.shape)}, which do not fit "
                 f"{describe(weight)}."
             )
+        update = einsum(up, down.flatten(1), "out rank, rank rest -> out rest")
         merged[key] = weight + (scale * update).reshape(weight.shape).to(weight.dtype)
     return replaced(params, merged)
 
@@ -212,8 +213,8 @@ def energy_ranks(
         The rank of each selected weight under its name, at least 1: `lora_from_difference(finetuned, base, ranks)`.
 
     Raises:
-        InputError: an energy out of range; under vmap or compilation, where no shape can depend on a value. ParamsError: params of
-            different structure, no such parameter.
+        InputError: an energy out of range; under vmap or compilation, where no shape can depend on a value. ParamsError: params
+            of different structure, no such parameter.
 
     Cost: the singular values of each difference.
 
@@ -268,7 +269,7 @@ def _ranked(params: TensorDictBase, rank: Any, select: Select) -> dict[Key, tupl
 def _pairs(lora: TensorDictBase) -> dict[Key, tuple[Tensor, Tensor]]:
     parts = flat(lora)
     keys = dict.fromkeys(key[:-1] for key in parts)
-    if not keys or any(set(k[-1] for k in parts if k[:-1] == key) != {"down", "up"} for key in keys):
+    if not keys or any({k[-1] for k in parts if k[:-1] == key} != {"down", "up"} for key in keys):
         names = ", ".join(repr(parameter_name(key)) for key in parts) or "nothing"
         raise ParamsError(f"lora holds 'down' and 'up' at the path of each weight, as lora_init makes it; it has {names}.")
     return {key: (parts[(*key, "down")], parts[(*key, "up")]) for key in keys}

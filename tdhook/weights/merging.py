@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Union
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -15,7 +14,7 @@ from ..core.structure import describe
 from .pruning import prune
 from .selection import Key, flat, nest, replaced, require_params, require_same_structure
 
-Number = Union[float, Tensor]
+Number = float | Tensor
 
 
 def ties(vectors: Sequence[TensorDictBase], density: Number = 0.2, *, scope: str = "global") -> TensorDict:
@@ -49,10 +48,11 @@ def ties(vectors: Sequence[TensorDictBase], density: Number = 0.2, *, scope: str
     """
     given = _vectors(vectors)
     _require_share("density", density, 1.0)
-    trimmed = [_trimmed(vector, density, scope) for vector in given]
+    _require_scope(scope)
+    trimmed = [flat(_trimmed(vector, density, scope)) for vector in given]
     merged = {}
     for key, tensor in flat(given[0]).items():
-        stack = torch.stack([flat(vector)[key] for vector in trimmed])
+        stack = torch.stack([vector[key] for vector in trimmed])
         elected = stack.sum(0).sign()
         agrees = (stack.sign() == elected) & (elected != 0)
         total = torch.where(agrees, stack, 0).sum(0)
@@ -74,7 +74,8 @@ def dare(vector: TensorDictBase, drop: Number, *, generator: torch.Generator | N
         vector: a task vector.
         drop: the probability that a change is dropped, from 0 to below 1, a number or a tensor []. The draws do not depend on
             it, so of two probabilities the larger one drops what the smaller one drops, and more.
-        generator: of the random numbers; None: the global one. Under vmap pass `randomness="same"` or `"different"`.
+        generator: of the random numbers; None: the global one. Under vmap pass `randomness="same"`;
+            torch does not compile with a generator.
 
     Returns:
         A task vector, sparse, for `add_task_vectors` or `ties`.
@@ -134,8 +135,7 @@ def slerp(a: TensorDictBase, b: TensorDictBase, t: Number, *, scope: str = "tens
     """
     require_params("a", a, single=True)
     require_params("b", b, single=True)
-    if scope not in ("tensor", "global"):
-        raise InputError(f"scope={scope!r} is unknown; choose 'tensor' or 'global'.")
+    _require_scope(scope)
     if isinstance(t, bool) or not (isinstance(t, (int, float)) or (isinstance(t, Tensor) and t.ndim == 0)):
         raise InputError(f"t is a number or a tensor [], got {describe(t)}; for several use torch.func.vmap.")
     require_same_structure("a", a, "b", b)
@@ -176,6 +176,11 @@ def _vectors(vectors: Sequence[TensorDictBase]) -> list[TensorDictBase]:
         require_params(f"vectors[{number}]", vector, single=True)
         require_same_structure("vectors[0]", vectors[0], f"vectors[{number}]", vector)
     return list(vectors)
+
+
+def _require_scope(scope: str) -> None:
+    if scope not in ("tensor", "global"):
+        raise InputError(f"scope={scope!r} is unknown; choose 'tensor' or 'global'.")
 
 
 def _require_share(name: str, value: Number, end: float, open_end: bool = False) -> None:

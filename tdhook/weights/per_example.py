@@ -37,15 +37,15 @@ def per_example_gradients(
         loss: function of the output and the labels of one example, each with a first dimension of 1, to one number;
             of the output alone if `labels` is None.
         labels: tensors [B, *shape], in any structure.
-        parameters: names or patterns (`select_parameters`); None for all parameters, without the buffers of a functional model.
-        chunk_size: how many examples run at once; None for all. The result is as large as B copies of the parameters in any case.
+        parameters: names or patterns (`select_parameters`); None for all parameters (no buffers).
+        chunk_size: how many examples run at once; None for all. The result itself is as large as B copies of the parameters.
 
     Returns:
         TensorDict [B] with the nesting of the selected parameters: tensors [B, *shape].
 
     Raises:
-        ParamsError: unknown parameters. InputError: tensors of different first dimensions. TargetError: a loss that is not one number.
-        GradientError: grad mode is off. Warns for a model in train mode.
+        ParamsError: unknown parameters. InputError: tensors of different first dimensions.
+        TargetError: a loss that is not one number. GradientError: grad mode is off. Warns for a model in train mode.
 
     Cost: B forward and B backward passes, vmapped. A model that vmap cannot take runs in a loop, with a warning.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -64,8 +64,8 @@ class Units:
         return along.reshape(dims).expand(like.shape)
 
 
-Structure = Union[None, int, Units, Mapping[str, Any]]
-Scores = Union[TensorDictBase, Callable[[TensorDictBase], TensorDictBase]]
+Structure = None | int | Units | Mapping[str, Any]
+Scores = TensorDictBase | Callable[[TensorDictBase], TensorDictBase]
 
 
 def prune(
@@ -90,13 +90,13 @@ def prune(
         scores: TensorDict that holds, for each weight to rank, a tensor of its shape, or of one number per unit; or a function
             params -> scores, such as `magnitude`. Low ones go first, negative ones before all; of equal ones the first, in
             the order of `params`.
-        amount: how much to prune: a float from 0 to 1 is the fraction, an int the number, of weights or units; or a tensor [] of
-            either (float64, where the exact number in millions of weights matters).
+        amount: how much to prune: a float from 0 to 1 is the fraction, an int the number, of weights or units; or a tensor []
+            of either (float64, where the exact number in millions of weights matters).
         scope: what is ranked together: all weights (`"global"`), each tensor (`"tensor"`), or each output neuron or channel of
             each tensor (`"output"`).
         structure: None prunes weight by weight; a dimension (0 for output neurons or channels, 1 for input ones) or `Units`
-            (attention heads: `Units(1, size=head_size)` on the output projection) whole slices. A mapping from names or patterns
-            to these ranks only what it names.
+            (attention heads: `Units(1, size=head_size)` on the output projection) whole slices. A mapping from names or
+            patterns to these ranks only what it names.
         order: the score of a unit is the sum of its scores (1), or of their squares (2, the ranking of the L2 norm).
         tied: function from the name of a parameter to the name of a group: units of the same number in one group (a neuron's
             weights, bias and scale; a head's rows in three projections) are one unit.
@@ -106,13 +106,14 @@ def prune(
         `Pruned(params, mask)`. What is not ranked is shared with the caller's `params`.
 
     Raises:
-        InputError: an amount or option out of range, NaN among the scores. ParamsError: scores that do not fit `params`, an unknown
-            name, units that do not divide a tensor.
+        InputError: an amount or option out of range, NaN among the scores (where values can be looked at, which is not under
+            vmap or compilation: there an amount below 0 is 0, and one above all is all).
+        ParamsError: scores that do not fit `params`, an unknown name, units that do not divide a tensor.
 
     Cost: one sort of the scores.
 
-    Source: Han et al. (2015) for weights; Li et al., "Pruning Filters for Efficient ConvNets" (2017) for units. Amounts count as
-    in `torch.nn.utils.prune`.
+    Source: Han et al. (2015) for weights; Li et al., "Pruning Filters for Efficient ConvNets" (2017) for units. Amounts count
+    as in `torch.nn.utils.prune`.
 
     Examples:
         >>> from tdhook.weights import magnitude
@@ -167,7 +168,8 @@ def _require_scores(scores: dict[Key, Tensor], tensors: dict[Key, Tensor]) -> No
             raise ParamsError(f"scores has {parameter_name(key)!r}, which params has not.")
         if not score.is_floating_point() or not tensors[key].is_floating_point():
             raise ParamsError(
-                f"scores[{parameter_name(key)!r}] is {describe(score)} for {describe(tensors[key])}; both have to be floating-point."
+                f"scores[{parameter_name(key)!r}] is {describe(score)} for {describe(tensors[key])}; both have to be "
+                "floating-point."
             )
 
 

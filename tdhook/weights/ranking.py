@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from ..core.compat import is_compiling, is_wrapped
 from ..core.errors import InputError
 from ..core.structure import describe
 
-Amount = Union[int, float, Tensor]
+Amount = int | float | Tensor
 
 
 def require_amount(amount: Any, name: str = "amount") -> None:
@@ -59,7 +59,7 @@ def above_lowest(scores: Tensor, count: int | Tensor) -> Tensor:
         >>> above_lowest(torch.tensor([3.0, 1.0, 2.0, 1.0]), 2)
         tensor([ True, False,  True, False])
     """
-    order = scores.argsort(dim=-1, stable=True)
+    order = scores.sort(dim=-1, stable=True).indices  # torch 2.1 has no batching rule for argsort
     positions = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape)
     ranks = torch.zeros_like(order).scatter(-1, order, positions)
     return ranks >= count

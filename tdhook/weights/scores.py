@@ -2,47 +2,22 @@
 
 A score function returns a TensorDict with the paths, shapes and dtypes of the weights that it scores, so scores are added,
 multiplied and averaged as TensorDicts are. A relevance or any other map from params to such a TensorDict is a score too.
-`loss` is a pure function `(params, batch) -> Tensor []`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from einops import repeat
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch.func import grad
-from torch.utils import _pytree as pytree
 
 from ..core.batching import chunks, vmap_or_loop
-from ..core.checks import require_gradients, require_positive
-from ..core.errors import InputError, ParamsError
-from ..core.functional import FunctionalModel
-from ..core.reading import capture
-from ..core.sites import join_path
-from ..core.structure import describe
-from ..core.transforms import require_sites
-from .selection import (
-    Key,
-    Select,
-    flat,
-    nest,
-    parameter_name,
-    replaced,
-    require_params,
-    require_same_structure,
-    select_parameters,
-)
-
-Loss = Callable[[Any, Any], Tensor]
-
-MATRICES = 2  # biases and scales have one dimension: by default they are not scored
-LINEAR = ("Linear", "NonDynamicallyQuantizableLinear", "LazyLinear")
-CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d", "LazyConv1d", "LazyConv2d", "LazyConv3d")
-INPUTS_FIRST = ("Conv1D",)  # the linear layer of GPT-2 in transformers, whose weight is [in, out]
+from ..core.checks import require_gradients, require_positive, warn_if_stochastic
+from .examples import Loss, count_examples, indices, loss_of_example, measured, require_loss
+from .moving import Moving
+from .selection import MATRICES, Key, Select, flat, nest, require_params, require_same_structure, select_parameters
 
 
 def magnitude(params: TensorDictBase, *, select: Select = None) -> TensorDict:
@@ -52,7 +27,9 @@ def magnitude(params: TensorDictBase, *, select: Select = None) -> TensorDict:
 
     Args:
         params: nested TensorDict.
-        select: names or patterns of parameters or modules; None: all floating-point tensors of two dimensions or more.
+        select: names or patterns of parameters, or of modules for all their parameters, biases among them; None: all
+            floating-point tensors of two dimensions or more. `params` does not tell buffers from parameters: name the weights
+            of a model that has tables of two dimensions among its buffers.
 
     Returns:
         TensorDict of the scores of the selected weights.
@@ -70,18 +47,22 @@ def magnitude(params: TensorDictBase, *, select: Select = None) -> TensorDict:
         True
     """
     require_params("params", params)
-    return nest({k: t.abs() for k, t in select_parameters(params, select, least_dims=MATRICES).items()}, params.batch_size)
+    return nest({k: t.abs() for k, t in _scored(params, select).items()}, params.batch_size)
 
 
-def gradient_x_weight(loss: Loss, params: TensorDictBase, batch: Any, *, select: Select = None) -> TensorDict:
+def gradient_x_weight(
+    f: Any, params: TensorDictBase, inputs: Any, loss: Loss, *, labels: Any = None, select: Select = None
+) -> TensorDict:
     """Gradient times weight: minus the change of the loss, to first order, when a weight is removed.
 
         s_i = theta_i dL/dtheta_i
 
     Args:
-        loss: pure function (params, batch) -> Tensor [].
-        params: nested TensorDict.
-        batch: what `loss` takes.
+        f: pure function of (params, inputs).
+        params: its parameters.
+        inputs: a batch, as `f` takes it.
+        loss: function of the output and the labels to one number; of the output alone if `labels` is None.
+        labels: tensors in any structure.
         select: as for `magnitude`.
 
     Returns:
@@ -89,7 +70,8 @@ def gradient_x_weight(loss: Loss, params: TensorDictBase, batch: Any, *, select:
         takes the absolute value of each weight's).
 
     Raises:
-        ParamsError: no such parameter. InputError: a loss that is no scalar. GradientError: grad mode is off.
+        ParamsError: no such parameter. InputError: a loss that is no function. TargetError: one that does not return one
+            number. GradientError: grad mode is off. Warns for a model in train mode.
 
     Cost: one forward and one backward pass.
 
@@ -97,34 +79,55 @@ def gradient_x_weight(loss: Loss, params: TensorDictBase, batch: Any, *, select:
 
     Examples:
         >>> f, params = tdhook.functionalize(torch.nn.Linear(3, 1, bias=False))
-        >>> scores = gradient_x_weight(lambda p, x: f(p, x).sum(), params, torch.ones(2, 3))
+        >>> scores = gradient_x_weight(f, params, torch.ones(2, 3), torch.sum)
         >>> torch.allclose(scores["weight"], 2 * params["weight"])
         True
     """
     require_params("params", params, single=True)
-    chosen = select_parameters(params, select, least_dims=MATRICES)
+    require_loss(loss)
+    moved = Moving(params, _scored(params, select))
     require_gradients("gradient_x_weight")
-    gradients = _gradients(loss, params, chosen)(batch)
-    return nest({key: tensor * gradient for (key, tensor), gradient in zip(chosen.items(), gradients)})
+    warn_if_stochastic(f, "gradient_x_weight")
+
+    def loss_of_batch(values: list[Tensor]) -> Tensor:
+        return measured(loss, f(moved.put(values), inputs), labels)
+
+    gradients = grad(loss_of_batch)(moved.values)
+    return moved.restructure([value * gradient for value, gradient in zip(moved.values, gradients)])
 
 
-def taylor(loss: Loss, params: TensorDictBase, batch: Any, *, squared: bool = False, select: Select = None) -> TensorDict:
+def taylor(
+    f: Any,
+    params: TensorDictBase,
+    inputs: Any,
+    loss: Loss,
+    *,
+    labels: Any = None,
+    squared: bool = False,
+    select: Select = None,
+) -> TensorDict:
     """How much the loss changes, to first order, when a weight is removed.
 
         s_i = |theta_i dL/dtheta_i|,  or its square
 
     Args:
-        loss: pure function (params, batch) -> Tensor [].
-        params: nested TensorDict.
-        batch: what `loss` takes.
+        f: pure function of (params, inputs).
+        params: its parameters.
+        inputs: a batch, as `f` takes it.
+        loss: function of the output and the labels to one number; of the output alone if `labels` is None.
+        labels: tensors in any structure.
         squared: the squares, whose sum over a unit is another score of the unit.
         select: as for `magnitude`.
 
     Returns:
         TensorDict of the scores of the selected weights.
 
+    A weight into a unit that is off, or saturated, for the whole batch has the gradient 0 and goes first, though the unit may
+    turn on without it: give a batch that uses the whole model, or compare with `magnitude`.
+
     Raises:
-        ParamsError: no such parameter. InputError: a loss that is no scalar. GradientError: grad mode is off.
+        ParamsError: no such parameter. InputError: a loss that is no function. TargetError: one that does not return one
+            number. GradientError: grad mode is off. Warns for a model in train mode.
 
     Cost: one forward and one backward pass.
 
@@ -133,25 +136,35 @@ def taylor(loss: Loss, params: TensorDictBase, batch: Any, *, squared: bool = Fa
 
     Examples:
         >>> f, params = tdhook.functionalize(torch.nn.Linear(3, 1, bias=False))
-        >>> scores = taylor(lambda p, x: f(p, x).sum(), params, torch.ones(2, 3))
+        >>> scores = taylor(f, params, torch.ones(2, 3), torch.sum)
         >>> torch.allclose(scores["weight"], 2 * params["weight"].abs())
         True
     """
-    products = gradient_x_weight(loss, params, batch, select=select)
+    products = gradient_x_weight(f, params, inputs, loss, labels=labels, select=select)
     return nest({key: product.square() if squared else product.abs() for key, product in flat(products).items()})
 
 
 def fisher(
-    loss: Loss, params: TensorDictBase, batch: Any, *, select: Select = None, chunk_size: int | None = None
+    f: Any,
+    params: TensorDictBase,
+    inputs: Any,
+    loss: Loss,
+    *,
+    labels: Any = None,
+    select: Select = None,
+    chunk_size: int | None = None,
 ) -> TensorDict:
     """The diagonal of the empirical Fisher information: the mean square of per-example gradients.
 
         F_i = 1/B sum_b (dL_b/dtheta_i)^2
 
     Args:
-        loss: pure function (params, batch) -> Tensor []; it gets batches of one example.
-        params: nested TensorDict.
-        batch: tensors [B, ...] in any structure that `loss` takes.
+        f: pure function of (params, inputs).
+        params: its parameters.
+        inputs: tensors [B, ...] in any structure that `f` takes.
+        loss: function of the output and the labels of one example, each with a first dimension of 1, to one number; of the
+            output alone if `labels` is None. The negative log-likelihood, for what is called Fisher information.
+        labels: tensors [B, ...] in any structure.
         select: as for `magnitude`.
         chunk_size: how many examples at once; their gradients are summed up and not kept. None for all.
 
@@ -159,8 +172,8 @@ def fisher(
         TensorDict of F for the selected weights; `optimal_brain_damage(params, F)` makes it the score of a removal.
 
     Raises:
-        ParamsError: no such parameter. InputError: a loss that is no scalar, a batch without examples. GradientError: grad mode
-            is off.
+        ParamsError: no such parameter. InputError: tensors of different first dimensions. TargetError: a loss that does not
+            return one number. GradientError: grad mode is off. Warns for a model in train mode.
 
     Cost: B forward and B backward passes, vmapped; memory for `chunk_size` gradients.
 
@@ -169,22 +182,22 @@ def fisher(
 
     Examples:
         >>> f, params = tdhook.functionalize(torch.nn.Linear(2, 1, bias=False))
-        >>> x = torch.tensor([[1.0, 0.0], [3.0, 2.0]])
-        >>> fisher(lambda p, batch: f(p, batch).sum(), params, x)["weight"]
+        >>> fisher(f, params, torch.tensor([[1.0, 0.0], [3.0, 2.0]]), torch.sum)["weight"]
         tensor([[5., 2.]])
     """
     require_params("params", params, single=True)
+    require_loss(loss)
     require_positive("chunk_size", chunk_size, optional=True)
-    chosen = select_parameters(params, select, least_dims=MATRICES)
+    moved = Moving(params, _scored(params, select))
+    count = count_examples("inputs", inputs, labels)
     require_gradients("fisher")
-    batch = _batched(batch)
-    length = _length(batch)
-    of_one = _gradients(loss, params, chosen)
-    totals = [torch.zeros_like(tensor) for tensor in chosen.values()]
-    for part in chunks(length, chunk_size):
-        each = vmap_or_loop(lambda example: of_one(_alone(example)), _part(batch, part))
+    warn_if_stochastic(f, "fisher")
+    gradient = grad(loss_of_example(f, moved, inputs, labels, loss))
+    totals = [torch.zeros_like(value) for value in moved.values]
+    for part in chunks(count, chunk_size):
+        each = vmap_or_loop(lambda index: gradient(moved.values, index), indices(count, inputs, part))
         totals = [total + gradients.square().sum(0) for total, gradients in zip(totals, each)]
-    return nest({key: total / length for key, total in zip(chosen, totals)})
+    return moved.restructure([total / count for total in totals])
 
 
 def optimal_brain_damage(params: TensorDictBase, curvature: TensorDictBase) -> TensorDict:
@@ -220,106 +233,5 @@ def optimal_brain_damage(params: TensorDictBase, curvature: TensorDictBase) -> T
     return nest({key: h * tensors[key].square() / 2 for key, h in diagonal.items()}, params.batch_size)
 
 
-def wanda(f: FunctionalModel, params: TensorDictBase, inputs: Any, *, select: Select = None) -> TensorDict:
-    """Weight times the norm of what it is multiplied with.
-
-        s_oi = |W_oi| ||x_i||_2,   the norm over all examples and positions
-
-    It is made to be compared within one output: `prune(params, scores, amount, scope="output")`. The scores of several batches
-    together are the root of the sum of their squares.
-
-    Args:
-        f: functional model.
-        params: its parameters.
-        inputs: as `f` takes them.
-        select: weights of linear layers and convolutions; None: all of them. A convolution's x_i are the values of channel i.
-
-    Returns:
-        TensorDict of the scores of the selected weights.
-
-    Raises:
-        ParamsError: a parameter that is no such weight. SiteError: a layer that does not run.
-
-    Cost: one forward pass, and memory for the inputs of all selected layers.
-
-    Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (2024).
-
-    Examples:
-        >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Linear(2, 1)))
-        >>> scores = wanda(f, params, torch.tensor([[3.0, 1.0], [4.0, 0.0]]))
-        >>> torch.allclose(scores["0", "weight"], params["0", "weight"].abs() * torch.tensor([5.0, 1.0]))
-        True
-    """
-    require_sites(f)
-    require_params("params", params, single=True)
-    kinds = f.base.blueprint.kinds
-    known = {
-        key: tensor
-        for key, tensor in flat(params).items()
-        if key[-1] == "weight" and kinds.get(join_path(key[:-1])) in (*LINEAR, *CONVOLUTIONS, *INPUTS_FIRST)
-    }
-    chosen = known if select is None else select_parameters(params, select, least_dims=MATRICES)
-    for key in chosen:
-        if key not in known:
-            raise ParamsError(
-                f"wanda multiplies weights of linear layers and convolutions with their inputs; {parameter_name(key)!r} is a "
-                f"parameter of a {kinds.get(join_path(key[:-1]), 'module that the model does not have')}."
-            )
-    if not chosen:
-        raise ParamsError("the model has no linear layer and no convolution, so there is nothing for wanda to score.")
-    sites = {key: f"{join_path(key[:-1])}@*:in" for key in chosen}
-    _, values = capture(f, list(sites.values()))(params, inputs)
-    scores = {}
-    for key, weight in chosen.items():
-        path = join_path(key[:-1])
-        calls = [value for site, value in values.items() if site.rpartition(":")[0].partition("@")[0] == path]
-        scores[key] = weight.abs() * _input_norms(calls, weight, kinds[path]).to(weight.dtype)
-    return nest(scores)
-
-
-def _input_norms(calls: list[Tensor], weight: Tensor, kind: str) -> Tensor:
-    """The norms of the inputs of a layer over all its calls, in a shape that broadcasts with its weight."""
-    axis = -1 if weight.ndim == MATRICES else 1 - weight.ndim
-    rows = [value.movedim(axis, 0).flatten(1) for value in calls]
-    norms = torch.stack([torch.linalg.vector_norm(row, dim=1) for row in rows]).square().sum(0).sqrt()
-    if kind in INPUTS_FIRST:
-        return norms[:, None]
-    groups = len(norms) // weight.shape[1]
-    by_output = repeat(norms, "(group i) -> (group o) i", group=groups, o=weight.shape[0] // groups)
-    return by_output.reshape(*by_output.shape, *[1] * (weight.ndim - MATRICES))
-
-
-def _gradients(loss: Loss, params: TensorDictBase, chosen: dict[Key, Tensor]) -> Callable[[Any], list[Tensor]]:
-    """The gradients of the loss of a batch with respect to the chosen parameters."""
-
-    def of_chosen(tensors: list[Tensor], batch: Any) -> Tensor:
-        value = loss(replaced(params, dict(zip(chosen, tensors))), batch)
-        if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
-            raise InputError(f"loss returned {describe(value)}; return a floating-point tensor of shape [].")
-        return value
-
-    return lambda batch: grad(of_chosen)([tensor.detach() for tensor in chosen.values()], batch)
-
-
-def _batched(batch: Any) -> Any:
-    """A batch whose examples vmap can take apart: a TensorDict has to say that its first dimension is one."""
-    if isinstance(batch, TensorDictBase) and not batch.batch_dims:
-        return batch.clone(recurse=False).auto_batch_size_(1)
-    return batch
-
-
-def _length(batch: Any) -> int:
-    leaves = pytree.tree_flatten(batch)[0]
-    lengths = {leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else None for leaf in leaves}
-    if len(lengths) != 1 or None in lengths or 0 in lengths:
-        raise InputError(f"batch is {describe(batch)}; give tensors that share a first dimension of at least one example.")
-    return next(iter(lengths))
-
-
-def _part(batch: Any, part: slice) -> Any:
-    return batch[part] if isinstance(batch, TensorDictBase) else pytree.tree_map(lambda leaf: leaf[part], batch)
-
-
-def _alone(example: Any) -> Any:
-    """A batch of one example."""
-    return example.unsqueeze(0) if isinstance(example, TensorDictBase) else pytree.tree_map(lambda t: t[None], example)
+def _scored(params: TensorDictBase, select: Select) -> dict[Key, Tensor]:
+    return select_parameters(params, select, least_dims=MATRICES if select is None else 0)

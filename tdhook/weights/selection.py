@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Union
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -19,7 +19,9 @@ from ..core.sites import Site, Tree, join_path
 from ..core.structure import describe
 
 Key = tuple[str, ...]
-Select = Union[None, str, "re.Pattern[str]", Callable[[str], bool], Sequence[Any]]
+Select = None | str | re.Pattern[str] | Callable[[str], bool] | Sequence[Any]
+
+MATRICES = 2  # the fewest dimensions of a weight: biases and scales have one
 
 
 def require_params(name: str, params: Any, single: bool = False) -> None:

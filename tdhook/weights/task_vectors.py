@@ -7,7 +7,7 @@ tensors only: a counter (`num_batches_tracked`) and any other integer stays what
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -31,14 +31,14 @@ from .selection import (
     select_parameters,
 )
 
-Coefficient = Union[float, Tensor, Mapping[str, Any]]
+Coefficient = float | Tensor | Mapping[str, Any]
 
 
 class Strength(NamedTuple):
     """The choice of a strength.
 
     Attributes:
-        strength: Tensor []: the one of the best metric among the adequate ones, the first of equal ones; NaN where none is adequate.
+        strength: Tensor []: the one of the best metric among the adequate ones, the first of equal ones; NaN where none is.
         metric, control: Tensor [K]: both curves over the strengths.
         adequate: bool Tensor [K]: where the control metric is high enough.
         base_control: Tensor []: the control metric of the params without the vector.
@@ -98,8 +98,8 @@ def add_task_vectors(
         params: what they are added to, often the base of the vectors; a coefficient of -1 unlearns a task.
         vectors: one task vector or several.
         coefficients: for one vector a number, a tensor [] (vmap over it to try many), or a mapping from names or patterns of
-            parameters to coefficients, layer by layer: of two patterns that match the later one counts, and what none matches is
-            not added. For several vectors also a sequence, one for each.
+            parameters to coefficients, layer by layer: of two patterns that match the later one counts, and what none matches
+            is not added. For several vectors also a sequence, one for each.
 
     Returns:
         Params of the same dtypes. What no vector holds is shared with `params`.
@@ -122,15 +122,16 @@ def add_task_vectors(
         (True, True)
     """
     require_params("params", params)
-    several = not isinstance(vectors, TensorDictBase)
-    given = list(vectors) if several else [vectors]
+    given: list[Any] = [vectors] if isinstance(vectors, TensorDictBase) else list(vectors)
+    if not given:
+        raise InputError("vectors is empty; give at least one task vector.")
     each = list(coefficients) if isinstance(coefficients, (list, tuple)) else [coefficients] * len(given)
-    if len(each) != len(given) or not given:
+    if len(each) != len(given):
         raise InputError(f"coefficients has {len(each)} entries for {len(given)} task vectors; give one for each.")
     tensors = flat(params)
     changed: dict[Key, Tensor] = {}
     for number, (vector, coefficient) in enumerate(zip(given, each)):
-        name = f"vectors[{number}]" if several else "vectors"
+        name = f"vectors[{number}]" if len(given) > 1 else "vectors"
         require_params(name, vector)
         parts = flat(vector)
         _require_fit(name, parts, tensors)
