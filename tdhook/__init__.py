@@ -1,6 +1,6 @@
 """Interpretability of PyTorch models as pure functions: no hooks, no state, and any model."""
 
-from . import attribution, errors, latent, metrics, targets
+from . import attribution, errors, latent, metrics, targets, weights
 from .core.derivatives import edit_gradient, freeze, perturb
 from .core.errors import TdhookError
 from .core.estimate import Estimate
@@ -39,4 +39,5 @@ __all__ = [
     "targets",
     "tqdm_progress",
     "trace",
+    "weights",
 ]

@@ -1,8 +1,8 @@
 """How good an attribution is: complete, faithful, robust, simple, in the right place, and dependent on the model."""
 
+from ..core.correlation import average_ranks, pearson, spearman
 from .completeness import completeness
 from .complexity import complexity, effective_complexity, sparseness
-from .correlation import average_ranks, pearson, spearman
 from .curves import Curve, deletion, insertion, pixel_flipping
 from .imputation import linear_imputation
 from .infidelity import gaussian_noise, infidelity, square_removal

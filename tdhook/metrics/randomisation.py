@@ -11,12 +11,12 @@ from torch import Tensor
 from ..core.batching import chunks, vmap_or_loop
 from ..core.checks import require_positive
 from ..core.compat import is_compiling, is_wrapped
+from ..core.correlation import Similarity, similarity_function
 from ..core.errors import InputError, TargetError
 from ..core.estimate import Estimate, Moments
 from ..core.randomness import require_generator, uniform_like
 from ..core.structure import describe
 from ..core.targets import Target
-from .correlation import Similarity, similarity_function
 from .features import flat_scores
 from .reinitialisation import Initialise, variants
 

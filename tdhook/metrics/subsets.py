@@ -11,12 +11,12 @@ from torch import Tensor
 from ..core.baselines import replacements
 from ..core.batching import chunks
 from ..core.checks import require_positive, warn_if_stochastic
+from ..core.correlation import Similarity, pearson, similarity_function
 from ..core.errors import InputError
 from ..core.randomness import require_generator, stacked, uniform_like
 from ..core.structure import describe
 from ..core.targets import Targets
 from ..core.transforms import Sites
-from .correlation import Similarity, pearson, similarity_function
 from .features import Features, features
 
 

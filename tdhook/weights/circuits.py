@@ -20,7 +20,8 @@ class Entries(NamedTuple):
 
     Attributes:
         values: Tensor [*lead, K], largest first.
-        rows, columns: integer Tensors [*lead, K].
+        rows: with `columns`.
+        columns: integer Tensors [*lead, K].
     """
 
     values: Tensor
@@ -164,7 +165,8 @@ def qk_circuit(
     Args:
         query: Tensor [heads * d, D], of `nn.Linear`; `weight.mT` for `Conv1D`.
         key: Tensor [kv_heads * d, D].
-        heads, kv_heads: as in `ov_circuit`.
+        heads: as in `ov_circuit`.
+        kv_heads: as in `ov_circuit`.
         embedding: of the query tokens, Tensor [V, D]; None for the residual stream itself.
         key_embedding: of the key tokens; None for the same.
         scale: None for `1 / sqrt(d)`.

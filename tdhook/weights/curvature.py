@@ -30,7 +30,7 @@ def hessian_vector_product(
     vector: Any,
     *,
     labels: Any = None,
-    parameters: Select = None,
+    select: Select = None,
     chunk_size: int | None = None,
 ) -> TensorDict:
     """The Hessian of the mean loss times a vector, without the Hessian.
@@ -44,7 +44,7 @@ def hessian_vector_product(
         loss: of one example, as in `per_example_gradients`.
         vector: TensorDict like the selected parameters; `vmap` for several.
         labels: tensors [B, *shape], in any structure.
-        parameters: names or patterns (`select_parameters`); None for all parameters, without the buffers of a functional model.
+        select: names or patterns (`select_parameters`); None for all parameters, without the buffers of a functional model.
         chunk_size: how many examples run at once; None for all.
 
     Returns:
@@ -65,7 +65,7 @@ def hessian_vector_product(
         >>> hessian_vector_product(f, params, x, lambda out: out.square().sum() / 2, v)["weight"]
         tensor([[3., 6.]])
     """
-    return _product("hessian_vector_product", f, params, inputs, loss, vector, labels, parameters, "hessian", chunk_size)
+    return _product("hessian_vector_product", f, params, inputs, loss, vector, labels, select, "hessian", chunk_size)
 
 
 def gauss_newton_vector_product(
@@ -76,7 +76,7 @@ def gauss_newton_vector_product(
     vector: Any,
     *,
     labels: Any = None,
-    parameters: Select = None,
+    select: Select = None,
     chunk_size: int | None = None,
 ) -> TensorDict:
     """The generalised Gauss-Newton matrix of the mean loss times a vector.
@@ -86,14 +86,21 @@ def gauss_newton_vector_product(
     It is the Hessian without the curvature of the model, and positive semidefinite where the loss is convex in the output.
 
     Args:
-        f, params, inputs, loss, vector, labels, parameters, chunk_size: as in `hessian_vector_product`. The output of `f` is
+        f: as in `hessian_vector_product`. The output of `f` is
+        params: as in `hessian_vector_product`. The output of `f` is
+        inputs: as in `hessian_vector_product`. The output of `f` is
+        loss: as in `hessian_vector_product`. The output of `f` is
+        vector: as in `hessian_vector_product`. The output of `f` is
+        labels: as in `hessian_vector_product`. The output of `f` is
+        select: as in `hessian_vector_product`. The output of `f` is
+        chunk_size: as in `hessian_vector_product`. The output of `f` is
             a structure of floating-point tensors.
 
     Returns:
         TensorDict like the selected parameters.
 
     Raises:
-        As `hessian_vector_product`.
+        ParamsError: as `hessian_vector_product`.
 
     Cost: two forward passes, one derivative of a forward along the vector, one backward pass.
 
@@ -107,7 +114,7 @@ def gauss_newton_vector_product(
         tensor([[3., 6.]])
     """
     method = "gauss_newton_vector_product"
-    return _product(method, f, params, inputs, loss, vector, labels, parameters, "gauss_newton", chunk_size)
+    return _product(method, f, params, inputs, loss, vector, labels, select, "gauss_newton", chunk_size)
 
 
 def fisher_vector_product(
@@ -117,7 +124,7 @@ def fisher_vector_product(
     vector: Any,
     *,
     logits: Callable[[Any], Tensor] | None = None,
-    parameters: Select = None,
+    select: Select = None,
     chunk_size: int | None = None,
 ) -> TensorDict:
     """The Fisher information of a classifier times a vector.
@@ -128,14 +135,19 @@ def fisher_vector_product(
     another matrix. Logits [1, L, C] are L independent labels, whose informations add up.
 
     Args:
-        f, params, inputs, vector, parameters, chunk_size: as in `hessian_vector_product`.
+        f: as in `hessian_vector_product`.
+        params: as in `hessian_vector_product`.
+        inputs: as in `hessian_vector_product`.
+        vector: as in `hessian_vector_product`.
+        select: as in `hessian_vector_product`.
+        chunk_size: as in `hessian_vector_product`.
         logits: function of the output to the logits [1, *L, C]; None where they are the output.
 
     Returns:
         TensorDict like the selected parameters.
 
     Raises:
-        As `hessian_vector_product`. TargetError: an output that is no tensor of logits.
+            As `hessian_vector_product`. TargetError: an output that is no tensor of logits.
 
     Cost: as `gauss_newton_vector_product`.
 
@@ -158,7 +170,7 @@ def fisher_vector_product(
         return scores.logsumexp(-1).sum()
 
     method = "fisher_vector_product"
-    return _product(method, f, params, inputs, log_normaliser, vector, None, parameters, "gauss_newton", chunk_size)
+    return _product(method, f, params, inputs, log_normaliser, vector, None, select, "gauss_newton", chunk_size)
 
 
 def curvature_product(
@@ -213,14 +225,14 @@ def _product(
     loss: Loss,
     vector: Any,
     labels: Any,
-    parameters: Select,
+    select: Select,
     curvature: str,
     chunk_size: int | None,
 ) -> TensorDict:
     require_gradients(method)
     require_loss(loss)
     require_positive("chunk_size", chunk_size, optional=True)
-    moved = moving(f, params, parameters)
+    moved = moving(f, params, select)
     product = curvature_product(f, moved, inputs, labels, loss, curvature, chunk_size)
     given = moved.flatten("vector", vector)
     warn_if_stochastic(f, method)

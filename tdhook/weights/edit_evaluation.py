@@ -56,7 +56,8 @@ def efficacy(f: Any, params: Any, prompts: Any, *, target: int, original: int, l
         f: function of `(params, inputs)`.
         params: its parameters, edited or not.
         prompts: inputs of `f`, or a list of such.
-        target, original: classes (first tokens of the answers).
+        target: with `original`.
+        original: classes (first tokens of the answers).
         logits: function of the output to Tensor [B, C], such as `lambda out: out.logits[:, -1]`; None where the output is
             logits.
 
@@ -90,15 +91,18 @@ def specificity(
 
     Args:
         f: function of `(params, inputs)`.
-        before, after: its parameters.
+        before: with `after`.
+        after: its parameters.
         prompts: of neighbours of the subject, for which `original` holds; inputs of `f`, or a list of such.
-        target, original, logits: as in `efficacy`.
+        target: as in `efficacy`.
+        original: as in `efficacy`.
+        logits: as in `efficacy`.
 
     Returns:
         `Specificity` with `success`, `agreement` and `divergence`.
 
     Raises:
-        As `efficacy`.
+        InputError: as `efficacy`.
 
     Cost: two forward passes.
 
@@ -133,9 +137,12 @@ def evaluate_edit(
 
     Args:
         f: function of `(params, inputs)`.
-        before, after: its parameters.
+        before: with `after`.
+        after: its parameters.
         prompts: of the edit; inputs of `f`, or a list of such.
-        target, original, logits: as in `efficacy`.
+        target: as in `efficacy`.
+        original: as in `efficacy`.
+        logits: as in `efficacy`.
         paraphrases: the same fact in other words; None leaves it out.
         neighbours: other subjects, for which `original` holds; None leaves it out.
 
@@ -143,7 +150,7 @@ def evaluate_edit(
         `EditEvaluation`.
 
     Raises:
-        As `efficacy`.
+        InputError: as `efficacy`.
 
     Cost: a forward pass for prompts and paraphrases, two for neighbours.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.batching import vmap_or_loop
 from ..core.checks import require_positive
+from ..core.correlation import average_ranks
 from ..core.errors import InputError
 from ..core.structure import describe, tensors
 from .selection import flat, nest, require_params, require_same_structure
@@ -120,13 +121,3 @@ def _stability(values: Tensor, batch_dims: int) -> Tensor:
     norm = torch.linalg.vector_norm(centred, dim=-1, keepdim=True)
     unit = centred / torch.where(norm > 0, norm, torch.nan)
     return (unit.sum(0).square().sum(-1) - count) / (count * (count - 1))
-
-
-def average_ranks(values: Tensor) -> Tensor:
-    """Ranks 1 .. D along the last axis, smallest first; equal numbers share the mean of their ranks; NaN where any is."""
-    values = values.to(torch.promote_types(values.dtype, torch.float32)).contiguous()
-    ordered = values.sort(dim=-1).values
-    below = torch.searchsorted(ordered, values)
-    up_to = torch.searchsorted(ordered, values, right=True)
-    ranks = (below + up_to + 1).to(values.dtype) / 2
-    return torch.where(values.isnan().any(-1, keepdim=True), torch.nan, ranks)

@@ -30,7 +30,7 @@ def tracin(
     loss: Loss,
     *,
     learning_rates: float | Sequence[float] | Tensor = 1.0,
-    parameters: Select = None,
+    select: Select = None,
     projection: int | None = None,
     generator: torch.Generator | None = None,
     chunk_size: int | None = None,
@@ -52,7 +52,7 @@ def tracin(
         test: pair of inputs and labels, tensors [M, *shape].
         loss: as in `per_example_gradients`.
         learning_rates: eta, a number or one for each checkpoint: of the steps that a checkpoint stands for.
-        parameters: names or patterns (`select_parameters`); None for all. The last layer alone is TracIn-Last.
+        select: names or patterns (`select_parameters`); None for all. The last layer alone is TracIn-Last.
         projection: k, or None for exact inner products.
         generator: of the hash; None for the global one. Compiled code takes none.
         chunk_size: how many examples, of either set, run at once; None for all.
@@ -63,7 +63,7 @@ def tracin(
     Raises:
         InputError: no checkpoint, learning rates of another number, data that is no pair. ParamsError: checkpoints of different
             structure.
-        Otherwise as `per_example_gradients`.
+            Otherwise as `per_example_gradients`.
 
     Cost: for each checkpoint M forward and backward passes, and N for each chunk of test examples (N in all, with a
     projection). Memory: gradients of two chunks; with a projection of one chunk, and (M + N) k numbers.
@@ -81,10 +81,10 @@ def tracin(
     (inputs, labels), (test_inputs, test_labels) = pair("train", train), pair("test", test)
     count = count_examples("train", inputs, labels)
     tests = count_examples("test", test_inputs, test_labels)
-    hashed = count_sketch(moving(f, listed[0], parameters).values, projection, generator)
+    hashed = count_sketch(moving(f, listed[0], select).values, projection, generator)
     total: Any = 0
     for params, rate in zip(listed, rates):
-        moved = moving(f, params, parameters)
+        moved = moving(f, params, select)
         gradient = gradient_of_example(f, moved, inputs, labels, loss)
         test_gradient = gradient_of_example(f, moved, test_inputs, test_labels, loss)
         if hashed is None:
@@ -108,7 +108,7 @@ def self_influence(
     loss: Loss,
     *,
     learning_rates: float | Sequence[float] | Tensor = 1.0,
-    parameters: Select = None,
+    select: Select = None,
     chunk_size: int | None = None,
 ) -> Tensor:
     """How much training on each example lowered its own loss: large for rare and for mislabelled examples.
@@ -116,13 +116,19 @@ def self_influence(
         influence[n] = sum_c eta_c |grad loss(z_n; params_c)|^2
 
     Args:
-        f, checkpoints, train, loss, learning_rates, parameters, chunk_size: as in `tracin`.
+        f: as in `tracin`.
+        checkpoints: as in `tracin`.
+        train: as in `tracin`.
+        loss: as in `tracin`.
+        learning_rates: as in `tracin`.
+        select: as in `tracin`.
+        chunk_size: as in `tracin`.
 
     Returns:
         Tensor [N], the diagonal of `tracin` of a set with itself.
 
     Raises:
-        As `tracin`.
+        InputError: as `tracin`.
 
     Cost: N forward and backward passes for each checkpoint. Memory: the gradients of one chunk.
 
@@ -138,7 +144,7 @@ def self_influence(
     count = count_examples("train", inputs, labels)
     total: Any = 0
     for params, rate in zip(listed, rates):
-        gradient = gradient_of_example(f, moving(f, params, parameters), inputs, labels, loss)
+        gradient = gradient_of_example(f, moving(f, params, select), inputs, labels, loss)
 
         def square(index: Tensor, gradient: Gradient = gradient) -> Tensor:
             return torch.stack([g.square().sum() for g in gradient(index)]).sum()

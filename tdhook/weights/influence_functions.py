@@ -40,7 +40,7 @@ def influence_functions(
     iterations: int = 100,
     tolerance: float = 1e-5,
     curvature: Literal["gauss_newton", "hessian"] = "gauss_newton",
-    parameters: Select = None,
+    select: Select = None,
     chunk_size: int | None = None,
 ) -> Influence:
     """How much more weight on each training example would lower the loss of each test example, after training again.
@@ -52,9 +52,13 @@ def influence_functions(
     Args:
         f: function of `(params, inputs)`.
         params: parameters at or near a minimum of the mean loss of `train`.
-        train, test, loss, parameters: as in `tracin`.
+        train: as in `tracin`.
+        test: as in `tracin`.
+        loss: as in `tracin`.
+        select: as in `tracin`.
         damping: added to the curvature; it has to exceed the most negative eigenvalue for `curvature="hessian"`.
-        iterations, tolerance: of `conjugate_gradient`.
+        iterations: with `tolerance`.
+        tolerance: of `conjugate_gradient`.
         curvature: H of the mean training loss: `"gauss_newton"`, which is positive semidefinite for a convex loss of the
             output, or `"hessian"`.
         chunk_size: how many examples, of either set, run at once; None for all.
@@ -84,7 +88,7 @@ def influence_functions(
     (inputs, labels), (test_inputs, test_labels) = pair("train", train), pair("test", test)
     count = count_examples("train", inputs, labels)
     tests = count_examples("test", test_inputs, test_labels)
-    moved = moving(f, params, parameters)
+    moved = moving(f, params, select)
     product = curvature_product(f, moved, inputs, labels, loss, curvature, chunk_size)
     warn_if_stochastic(f, "influence_functions")
     gradient = gradient_of_example(f, moved, inputs, labels, loss)

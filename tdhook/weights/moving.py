@@ -64,11 +64,11 @@ def moving(f: Any, params: Any, select: Select = None, *, buffers: bool = False)
         ParamsError: params that are no TensorDict of one model, a name that is unknown, nothing left to move.
     """
     require_params("params", params, single=True)
-    chosen = select_parameters(params, select, name="parameters")
+    chosen = select_parameters(params, select)
     if not buffers and isinstance(f, FunctionalModel):
         owners = f.base.blueprint.tensor_names
         trained = {key: t for key, t in chosen.items() if key not in owners or owners[key][0][1] != "_buffers"}
         if not trained:
-            raise ParamsError(f"parameters={select!r} names buffers only, which are not trained; name parameters.")
+            raise ParamsError(f"select={select!r} names buffers only, which are not trained; name parameters.")
         chosen = trained
     return Moving(params, chosen)

@@ -16,7 +16,8 @@ from ..core.batching import pull_each
 from ..core.checks import require_gradients, require_positive, warn_if_stochastic
 from ..core.errors import InputError
 from ..core.structure import describe
-from ..core.targets import Targets, check, select
+from ..core.targets import Targets, check
+from ..core.targets import select as select_targets
 from .moving import moving
 from .selection import Select, flat, parameter_name, replaced, require_params, require_same_structure
 
@@ -42,7 +43,7 @@ def parameter_integrated_gradients(
     inputs: Any,
     *,
     targets: Targets = None,
-    parameters: Select = None,
+    select: Select = None,
     steps: int = 32,
     chunk_size: int | None = None,
 ) -> ParameterPath:
@@ -54,10 +55,11 @@ def parameter_integrated_gradients(
 
     Args:
         f: function of `(params, inputs)`.
-        before, after: parameters of the same structure.
+        before: with `after`.
+        after: parameters of the same structure.
         inputs: of `f`. The target is averaged over the examples; `vmap` over batches of one gives each its own.
         targets: as in every method of attribution; plural targets give a leading dimension T.
-        parameters: names or patterns of the ones that move; the others stay as they are in `before`, and the change is that
+        select: names or patterns of the ones that move; the others stay as they are in `before`, and the change is that
             of the selected ones alone. None moves all floating-point tensors, buffers included; tensors of integers are
             those of `after`.
         steps: points of the path.
@@ -68,7 +70,7 @@ def parameter_integrated_gradients(
 
     Raises:
         ParamsError: parameters of different structure, unknown names. TargetError: targets that do not fit. GradientError: grad
-        mode is off. Warns for a model in train mode.
+            mode is off. Warns for a model in train mode.
 
     Cost: `steps` forward passes and T backward passes for each, and two forward passes. Memory: T gradients.
 
@@ -88,15 +90,15 @@ def parameter_integrated_gradients(
     require_params("before", before, single=True)
     require_params("after", after, single=True)
     require_same_structure("before", before, "after", after)
-    start = moving(f, before, parameters, buffers=True)
+    start = moving(f, before, select, buffers=True)
     end = flat(after)
-    fixed = before if parameters is not None else after
+    fixed = before if select is not None else after
     starts, ends = start.values, [end[key] for key in start.chosen]
     warn_if_stochastic(f, "parameter_integrated_gradients")
     several = []
 
     def scores(values: list[Tensor]) -> Tensor:
-        chosen, plural = select(targets, f(replaced(fixed, dict(zip(start.chosen, values))), inputs))
+        chosen, plural = select_targets(targets, f(replaced(fixed, dict(zip(start.chosen, values))), inputs))
         several.append(plural)
         return chosen.flatten(0, -2).mean(0) if chosen.ndim > 1 else chosen
 

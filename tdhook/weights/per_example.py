@@ -21,7 +21,7 @@ def per_example_gradients(
     loss: Loss,
     *,
     labels: Any = None,
-    parameters: Select = None,
+    select: Select = None,
     chunk_size: int | None = None,
 ) -> TensorDict:
     """The gradient of the loss of every single example with respect to the parameters.
@@ -37,7 +37,7 @@ def per_example_gradients(
         loss: function of the output and the labels of one example, each with a first dimension of 1, to one number;
             of the output alone if `labels` is None.
         labels: tensors [B, *shape], in any structure.
-        parameters: names or patterns (`select_parameters`); None for all parameters (no buffers).
+        select: names or patterns (`select_parameters`); None for all parameters (no buffers).
         chunk_size: how many examples run at once; None for all. The result itself is as large as B copies of the parameters.
 
     Returns:
@@ -59,7 +59,7 @@ def per_example_gradients(
     require_gradients("per_example_gradients")
     require_loss(loss)
     require_positive("chunk_size", chunk_size, optional=True)
-    moved = moving(f, params, parameters)
+    moved = moving(f, params, select)
     count = count_examples("inputs", inputs, labels)
     warn_if_stochastic(f, "per_example_gradients")
     gradient = grad(loss_of_example(f, moved, inputs, labels, loss))

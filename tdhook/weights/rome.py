@@ -72,15 +72,18 @@ def optimize_value(
             several tokens; None where they are the output.
         preserve: prompts, as `prompts`, whose prediction stays ("{subject} is a"); None for none.
         preserve_position: where d is added in these.
-        steps, learning_rate: of Adam.
-        kl_factor, norm_factor, norm_limit: see above.
+        steps: with `learning_rate`.
+        learning_rate: of Adam.
+        kl_factor: with `norm_limit`.
+        norm_factor: with `norm_limit`.
+        norm_limit: see above.
 
     Returns:
         `ValueSearch` with `value` and `delta` [O], and `losses`.
 
     Raises:
         InputError: positions that do not fit. TargetError: a target out of range. SiteError: as `key_at`. GradientError: grad
-        mode is off. Warns for a model in train mode.
+            mode is off. Warns for a model in train mode.
 
     Cost: one forward pass, then for each step forward and backward passes over what comes after the module.
 
@@ -152,7 +155,10 @@ def rome(
     Args:
         f: functional model.
         params: its parameters.
-        prompts, position, target, logits: as in `optimize_value`.
+        prompts: as in `optimize_value`.
+        position: as in `optimize_value`.
+        target: as in `optimize_value`.
+        logits: as in `optimize_value`.
         site: address of a linear module with parameters `weight` and, if any, `bias`: the output projection of an MLP of the
             middle layers.
         statistics: of the inputs of the module, from `key_covariance`; or their second moment, Tensor [D, D]; `torch.eye(D)`
@@ -166,7 +172,7 @@ def rome(
 
     Raises:
         InputError: no statistics, statistics of another site, a square weight without `transposed`. ParamsError: the module has
-        no weight matrix. Otherwise as the three functions.
+            no weight matrix. Otherwise as the three functions.
 
     Cost: that of `optimize_value`, and a Cholesky decomposition.
 

@@ -39,7 +39,8 @@ class Strength(NamedTuple):
 
     Attributes:
         strength: Tensor []: the one of the best metric among the adequate ones, the first of equal ones; NaN where none is.
-        metric, control: Tensor [K]: both curves over the strengths.
+        metric: with `control`.
+        control: Tensor [K]: both curves over the strengths.
         adequate: bool Tensor [K]: where the control metric is high enough.
         base_control: Tensor []: the control metric of the params without the vector.
     """
@@ -57,7 +58,8 @@ def task_vector(finetuned: TensorDictBase, base: TensorDictBase, *, select: Sele
         tau = finetuned - base
 
     Args:
-        finetuned, base: params of the same structure.
+        finetuned: with `base`.
+        base: params of the same structure.
         select: names or patterns of parameters or modules; None: all floating-point tensors, buffers among them.
 
     Returns:
@@ -147,7 +149,9 @@ def analogy(a: TensorDictBase, b: TensorDictBase, c: TensorDictBase) -> TensorDi
         tau_d = tau_c + (tau_b - tau_a)        "a is to b as c is to d"
 
     Args:
-        a, b, c: task vectors of the same structure.
+        a: with `c`.
+        b: with `c`.
+        c: task vectors of the same structure.
 
     Returns:
         A task vector.

@@ -182,9 +182,7 @@ def test_a_site_that_is_passed_by():
             return x + self.head(self.narrow(x))
 
     f, params = functionalize(Residual())
-    with pytest.raises(
-        errors.InputError, match="through='narrow' is passed by: the targets depend on what moves"
-    ):
+    with pytest.raises(errors.InputError, match="through='narrow' is passed by: the targets depend on what moves"):
         integrated_gradients(f, params, torch.randn(2, 6), targets=0, through="narrow")
 
 

@@ -54,7 +54,7 @@ def test_the_hessian_of_selected_parameters_is_a_block():
     dense = torch.autograd.functional.hessian(lambda v: F.cross_entropy(f(unflat(params, v), x), y), flat(params))
     block = slice(0, 15)  # the first layer
     first = TensorDict({"0": vector["0"]}, [])
-    found = hessian_vector_product(f, params, x, F.cross_entropy, first, labels=y, parameters="0")
+    found = hessian_vector_product(f, params, x, F.cross_entropy, first, labels=y, select="0")
     CLOSE(flat(found), dense[block, block] @ flat(first))
 
 
@@ -180,7 +180,7 @@ def test_bad_input():
     with pytest.raises(errors.InputError, match=r"vector has no '0\.bias'"):
         run(TensorDict({"0": {"weight": vector["0", "weight"]}, "2": vector["2"]}, []))
     with pytest.raises(errors.InputError, match=r"'2\.weight', which is not selected"):
-        run(vector, parameters="0")
+        run(vector, select="0")
     with pytest.raises(errors.InputError, match=r"holds a float32 tensor .* at '0\.weight'"):
         run(vector.float())
     with pytest.raises(errors.TargetError, match="the logits of one example are"):

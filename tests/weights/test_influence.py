@@ -127,7 +127,7 @@ def test_projected_influence_is_near_and_does_not_depend_on_chunks():
 
 def test_selected_parameters_give_the_part_of_a_layer():
     _, f, checkpoints, train, test = setting()
-    parts = [tracin(f, checkpoints, train, test, F.cross_entropy, parameters=layer) for layer in ("0", "2")]
+    parts = [tracin(f, checkpoints, train, test, F.cross_entropy, select=layer) for layer in ("0", "2")]
     CLOSE(parts[0] + parts[1], tracin(f, checkpoints, train, test, F.cross_entropy))
 
 
@@ -275,7 +275,7 @@ def test_bad_input():
     with pytest.raises(errors.InputError, match=r"give a torch\.Generator"):
         run(checkpoints, train, test, F.cross_entropy, projection=4, generator=0)
     with pytest.raises(errors.ParamsError, match="no such parameter or module"):
-        run(checkpoints, train, test, F.cross_entropy, parameters="7")
+        run(checkpoints, train, test, F.cross_entropy, select="7")
     with pytest.raises(errors.InputError, match="curvature='fisher' is unknown"):
         influence_functions(f, checkpoints[0], train, test, F.cross_entropy, damping=0.1, curvature="fisher")
     with pytest.raises(errors.InputError, match="damping=-1 is negative"):

@@ -86,7 +86,7 @@ def test_selected_parameters_move_alone():
     f, before, after, x = setting()
     half = before.clone()
     half["2"] = after["2"]
-    path = parameter_integrated_gradients(f, before, after, x, targets=1, parameters="2")
+    path = parameter_integrated_gradients(f, before, after, x, targets=1, select="2")
     assert list(path.attributions.keys()) == ["2"]
     CLOSE(path.change, (f(half, x) - f(before, x))[:, 1].mean())
     assert path.error < 1e-8
@@ -159,7 +159,7 @@ def test_bad_input():
     with pytest.raises(errors.ParamsError, match="after is a TensorDict"):
         run(after.to_dict(), x, targets=0)
     with pytest.raises(errors.ParamsError, match="no such parameter"):
-        run(after, x, targets=0, parameters="9")
+        run(after, x, targets=0, select="9")
     with pytest.raises(errors.InputError, match="steps is an integer"):
         run(after, x, targets=0, steps=0)
     with pytest.raises(errors.TargetError, match="targets is None"):

@@ -109,7 +109,7 @@ def test_a_sum_and_a_mean_over_examples_are_the_same():
 def test_selected_parameters():
     model, x, y = case("convolution")
     f, params = functionalize(model)
-    found = per_example_gradients(f, params, x, F.cross_entropy, labels=y, parameters="*.bias")
+    found = per_example_gradients(f, params, x, F.cross_entropy, labels=y, select="*.bias")
     everything = per_example_gradients(f, params, x, F.cross_entropy, labels=y)
     assert sorted(found.keys(True, True)) == [("0", "bias"), ("1", "bias"), ("4", "bias")]
     CLOSE(found["4", "bias"], everything["4", "bias"])
@@ -174,9 +174,9 @@ def test_bad_input():
     f, params = functionalize(model)
     run = partial(per_example_gradients, f, params)
     with pytest.raises(errors.ParamsError, match="no such parameter or module"):
-        run(x, F.cross_entropy, labels=y, parameters="5.weight")
+        run(x, F.cross_entropy, labels=y, select="5.weight")
     with pytest.raises(errors.ParamsError, match="names buffers only"):
-        run(x, F.cross_entropy, labels=y, parameters="1.running_mean")
+        run(x, F.cross_entropy, labels=y, select="1.running_mean")
     with pytest.raises(errors.InputError, match="one first dimension"):
         run(x, F.cross_entropy, labels=y[:3])
     with pytest.raises(errors.InputError, match="inputs is empty"):

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..core.errors import InputError
-from ..core.structure import describe
+from .errors import InputError
+from .structure import describe
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
 
