@@ -20,7 +20,7 @@ class Entries(NamedTuple):
 
     Attributes:
         values: Tensor [*lead, K], largest first.
-        rows: with `columns`.
+        rows: see `columns`.
         columns: integer Tensors [*lead, K].
     """
 

@@ -56,7 +56,7 @@ def efficacy(f: Any, params: Any, prompts: Any, *, target: int, original: int, l
         f: function of `(params, inputs)`.
         params: its parameters, edited or not.
         prompts: inputs of `f`, or a list of such.
-        target: with `original`.
+        target: see `original`.
         original: classes (first tokens of the answers).
         logits: function of the output to Tensor [B, C], such as `lambda out: out.logits[:, -1]`; None where the output is
             logits.
@@ -91,7 +91,7 @@ def specificity(
 
     Args:
         f: function of `(params, inputs)`.
-        before: with `after`.
+        before: see `after`.
         after: its parameters.
         prompts: of neighbours of the subject, for which `original` holds; inputs of `f`, or a list of such.
         target: as in `efficacy`.
@@ -137,7 +137,7 @@ def evaluate_edit(
 
     Args:
         f: function of `(params, inputs)`.
-        before: with `after`.
+        before: see `after`.
         after: its parameters.
         prompts: of the edit; inputs of `f`, or a list of such.
         target: as in `efficacy`.

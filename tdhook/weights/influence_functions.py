@@ -57,7 +57,7 @@ def influence_functions(
         loss: as in `tracin`.
         select: as in `tracin`.
         damping: added to the curvature; it has to exceed the most negative eigenvalue for `curvature="hessian"`.
-        iterations: with `tolerance`.
+        iterations: see `tolerance`.
         tolerance: of `conjugate_gradient`.
         curvature: H of the mean training loss: `"gauss_newton"`, which is positive semidefinite for a convex loss of the
             output, or `"hessian"`.

@@ -163,7 +163,7 @@ def lora_from_difference(finetuned: TensorDictBase, base: TensorDictBase, rank: 
     `lora_merge(base, lora)` is the nearest to `finetuned`, in the Frobenius norm, of this rank.
 
     Args:
-        finetuned: with `base`.
+        finetuned: see `base`.
         base: params of the same structure.
         rank: of every update; or a mapping from names or patterns to ranks, such as `energy_ranks` finds.
         select: as for `lora_init`. What is not selected (biases, by default) is left as it is in `base`.
@@ -206,7 +206,7 @@ def energy_ranks(
         r = min { r : sum_{i <= r} S_i^2 >= energy * sum_i S_i^2 }
 
     Args:
-        finetuned: with `base`.
+        finetuned: see `base`.
         base: params of the same structure.
         energy: share of the squared Frobenius norm, above 0 and at most 1.
         select: as for `lora_init`.

@@ -112,7 +112,7 @@ def slerp(a: TensorDictBase, b: TensorDictBase, t: Number, *, scope: str = "tens
         sin((1 - t) Omega) / sin(Omega) a + sin(t Omega) / sin(Omega) b,     cos(Omega) = <a, b> / (|a| |b|)
 
     Args:
-        a: with `b`.
+        a: see `b`.
         b: params, or task vectors, of the same structure.
         t: 0 for `a`, 1 for `b`: a number or a tensor [].
         scope: one angle for each tensor (`"tensor"`), or one for all together (`"global"`).

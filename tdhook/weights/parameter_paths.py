@@ -55,7 +55,7 @@ def parameter_integrated_gradients(
 
     Args:
         f: function of `(params, inputs)`.
-        before: with `after`.
+        before: see `after`.
         after: parameters of the same structure.
         inputs: of `f`. The target is averaged over the examples; `vmap` over batches of one gives each its own.
         targets: as in every method of attribution; plural targets give a leading dimension T.

@@ -72,10 +72,10 @@ def optimize_value(
             several tokens; None where they are the output.
         preserve: prompts, as `prompts`, whose prediction stays ("{subject} is a"); None for none.
         preserve_position: where d is added in these.
-        steps: with `learning_rate`.
+        steps: see `learning_rate`.
         learning_rate: of Adam.
-        kl_factor: with `norm_limit`.
-        norm_factor: with `norm_limit`.
+        kl_factor: see `norm_limit`.
+        norm_factor: see `norm_limit`.
         norm_limit: see above.
 
     Returns:

@@ -39,7 +39,7 @@ class Strength(NamedTuple):
 
     Attributes:
         strength: Tensor []: the one of the best metric among the adequate ones, the first of equal ones; NaN where none is.
-        metric: with `control`.
+        metric: see `control`.
         control: Tensor [K]: both curves over the strengths.
         adequate: bool Tensor [K]: where the control metric is high enough.
         base_control: Tensor []: the control metric of the params without the vector.
@@ -58,7 +58,7 @@ def task_vector(finetuned: TensorDictBase, base: TensorDictBase, *, select: Sele
         tau = finetuned - base
 
     Args:
-        finetuned: with `base`.
+        finetuned: see `base`.
         base: params of the same structure.
         select: names or patterns of parameters or modules; None: all floating-point tensors, buffers among them.
 
@@ -149,8 +149,8 @@ def analogy(a: TensorDictBase, b: TensorDictBase, c: TensorDictBase) -> TensorDi
         tau_d = tau_c + (tau_b - tau_a)        "a is to b as c is to d"
 
     Args:
-        a: with `c`.
-        b: with `c`.
+        a: see `c`.
+        b: see `c`.
         c: task vectors of the same structure.
 
     Returns:
