@@ -171,3 +171,20 @@ def test_a_regressor_is_copied_for_every_fit():
 def test_bad_input(options, message):
     with pytest.raises(errors.InputError, match=message):
         lime(F, PARAMS, X, targets=0, **options)
+
+
+def test_regressors_of_scikit_learn():
+    """Ridge equals ours; a strong lasso leaves out what matters least."""
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    weights = torch.tensor([3.0, -2.0, 0.01]).double()
+    x = torch.tensor([[1.0, 2.0, 3.0]]).double()
+
+    def method(regressor=None):
+        generator = torch.Generator().manual_seed(0)
+        options = {} if regressor is None else {"regressor": regressor}
+        return lime(lambda _, x: (x * weights).sum(-1), None, x, samples=500, generator=generator, **options).value
+
+    torch.testing.assert_close(method(linear_model.Ridge(alpha=1.0)), method(), rtol=1e-6, atol=1e-8)
+    sparse = method(linear_model.Lasso(alpha=0.05))
+    assert sparse[0, 2] == 0
+    torch.testing.assert_close(sparse[0, :2], torch.tensor([3.0, -4.0]).double(), rtol=0.2, atol=0.3)
