@@ -122,9 +122,24 @@ class Search:
 
     def nodes(self, tolerance: float) -> list[tuple[Array, Array]]:
         """Nodes and weights for each example, at a tolerance relative to the true value of the integral."""
+        self._refine_all(tolerance)
+        # Samples are cheap, gradients at the wrong nodes are not: where F is smooth, the samples are confirmed by as many more.
+        smooth = [self._unconfirmed(e, tolerance) for e in range(len(self.pieces))]
+        if any(smooth):
+            self._run(smooth)
+            self._refine_all(tolerance)
+        return [_gauss_nodes(each, _allowed(each, tolerance, self.floor), self.max_steps) for each in self.pieces]
+
+    def _unconfirmed(self, example: int, tolerance: float) -> list[tuple[Piece, int]]:
+        pieces = self.pieces[example]
+        allowed = _allowed(pieces, tolerance, self.floor)
+        smooth = [p for p in pieces if FIRST <= len(p.values) < LEVELS[-1] and _share(p.surprise(), allowed) > MARGIN / 25]
+        cost = sum(len(piece.values) - 1 for piece in smooth)
+        return [(p, 2 * len(p.values) - 1) for p in smooth] if self.used[example] + cost <= SAMPLES * self.max_steps else []
+
+    def _refine_all(self, tolerance: float) -> None:
         while any(pending := [self._refine(e, tolerance) for e in range(len(self.pieces))]):
             self._run(pending)
-        return [_gauss_nodes(each, _allowed(each, tolerance, self.floor), self.max_steps) for each in self.pieces]
 
     def look_closer(self, examples: Sequence[int]) -> None:
         """Samples every piece of some examples at more points, for an error that the present samples do not show."""

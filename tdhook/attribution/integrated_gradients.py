@@ -113,7 +113,7 @@ def integrated_gradients(
     Cost: `steps` forward passes, vmapped, whatever the number of targets; then `steps * T` backward passes, or `steps * G`
         forward-mode passes, or `steps * H` of both through a site, vmapped. With `at` the forward passes start at the sites,
         after one whole pass for inputs and one for baselines. `steps="auto"` adds one forward pass for every sample of the
-        search, 9 to 33 for a smooth function, and starts again, with more samples, where the result misses the tolerance.
+        search, 17 to 33 for a smooth function, and starts again, with more samples, where the result misses the tolerance.
 
     Source: Sundararajan, Taly, Yan, "Axiomatic Attribution for Deep Networks" (2017).
 
@@ -292,7 +292,7 @@ def _adaptive(
     eps = torch.finfo(difference.dtype).eps
     allowed = tolerance * difference.abs() + 32 * eps * torch.maximum(before.abs(), after.abs())
     sample = sampler(lambda alpha: what.scores(what.path.points(alpha)), batch, dtype, end.device, chunk_size)
-    search = Search(sample, batch[0] if batch else 1, max_steps, 8 * eps)
+    search = Search(sample, batch[0] if batch else 1, max_steps, 32 * eps)
     missed: list[int] = []
     for _ in range(ATTEMPTS):
         if missed:  # the samples of the search do not show an error that is there

@@ -116,7 +116,7 @@ def test_every_example_has_nodes_of_its_own():
     x = torch.stack([torch.zeros(6), 0.01 * torch.ones(6), 20 * torch.randn(6)]).double()
     result = integrated_gradients(f, params, x, targets=0, steps="auto", tolerance=1e-6)
     assert result.steps[1] < result.steps[2]
-    assert result.steps[0] < 5
+    assert result.steps[0] < 20
     for i in range(3):
         alone = integrated_gradients(f, params, x[i : i + 1], targets=0, steps="auto", tolerance=1e-6)
         assert alone.steps == result.steps[i]
