@@ -67,11 +67,12 @@ def cat(out: Path, short: bool) -> bool:
     # more probable than 0.2 %), so all of the score has to be explained by what the photograph adds. A black one would
     # call dark fur unimportant, because dark fur is already what black is.
     #
-    # `top_k(5)` makes it five questions in one call. They share every forward pass, and the five backward passes are
+    # The five classes with the highest scores make it five questions in one call. (They are fixed here: `top_k(5)` would
+    # choose again at every point of the path.) The questions share every forward pass, and the five backward passes are
     # one vmapped pass. `chunk_size` bounds how many copies of the network are in memory at once, and changes nothing
     # else.
     steps = 16 if short else 64
-    targets = tdhook.targets.top_k(5)
+    targets = tdhook.targets.per_example(scores.topk(5).indices)
     begun = time.perf_counter()
     bar = tdhook.tqdm_progress("path points", unit="point", leave=False)
     attributions = integrated_gradients(

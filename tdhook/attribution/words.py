@@ -67,7 +67,8 @@ def aggregate_tokens(scores: Tensor, groups: Sequence[int] | Tensor, *, axis: in
 def word_groups(tokens: Sequence[str]) -> list[int]:
     """Which word each token belongs to, by the signs that tokenizers leave in the text of tokens.
 
-    Where some token begins with "##" (WordPiece), these continue a word and all others begin one. Else a word begins with a
+    Where some token begins with "##" (WordPiece), or none has a mark at all, "##" continues a word and all others begin one;
+    if in doubt use the `word_ids()` of a fast tokenizer of transformers. Else a word begins with a
     space, "Ġ" (byte-level BPE) or "▁" (SentencePiece), after a line break, at the first token, and around a special token
     (`<s>`, `[CLS]`), which is a word of its own. A mark of punctuation without a space belongs to the word before it.
 
@@ -91,7 +92,8 @@ def word_groups(tokens: Sequence[str]) -> list[int]:
     for token in tokens:
         if not isinstance(token, str):
             raise InputError(f"tokens holds {describe(token)}; give texts, as tokenizer.convert_ids_to_tokens(ids).")
-    pieces = any(token.startswith("##") for token in tokens)
+    marked = any(token[:1].isspace() or token.startswith(("Ġ", "▁")) for token in tokens)
+    pieces = not marked or any(token.startswith("##") for token in tokens)
     groups = [0]
     for before, token in pairwise(tokens):
         if pieces:
