@@ -96,8 +96,8 @@ def integrated_gradients(
             `edit_gradient` gave the model another backward, which forward mode does not see.
         multiply_by_inputs: False leaves out the velocity gamma' (x - x' on the straight path).
         chunk_size: how many copies of the model run at once (path points, times targets in the backward); None for all. It
-            bounds memory and does not change the result; on a CPU a small one is also the fastest for large models: 4 in reverse,
-            1 in forward mode.
+            bounds memory and does not change the result; on a CPU a small one is also the fastest for large models (4 in
+            reverse mode, 1 in forward mode).
         progress: called as `progress(done, total)`, in path points, at the start and after every chunk.
 
     Returns:
