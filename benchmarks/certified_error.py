@@ -8,12 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-import tdhook
 from tdhook.attribution.integrated_gradients import integrated_gradients
 
 from .captum_loops import EACH
 from .case import Case, Competitor, Goal, Options
-from .networks import KINDS, digits, images, network, trained
+from .networks import KINDS, digits, functional, images, network, trained
 
 TITLE = "Integrated gradients at a certified error"
 INTRODUCTION = """\
@@ -79,7 +78,7 @@ def _competitors(build: Callable[[], tuple[nn.Module, Tensor]], options: Options
 
 
 def _ours(model: nn.Module, x: Tensor, chunk_size: int | None) -> Tensor:
-    f, params = tdhook.functionalize(model)
+    f, params = functional(model)
     result = integrated_gradients(f, params, x, targets=TARGETS, steps="auto", tolerance=TOLERANCE, chunk_size=chunk_size)
     if not result.converged.all():
         raise RuntimeError(f"not converged: errors {result.error.max():.2g}")
@@ -124,7 +123,7 @@ def _claims(build: Callable[[], tuple[nn.Module, Tensor]]) -> dict[str, Callable
 
 def _error(explain: Callable[[nn.Module, Tensor], Tensor], model: nn.Module, x: Tensor) -> float:
     """The greatest error of an attribution, relative to F(x) - F(x')."""
-    f, params = tdhook.functionalize(model)
+    f, params = functional(model)
     reference = integrated_gradients(f, params, x, targets=TARGETS, steps=REFERENCE, chunk_size=20)
     with torch.no_grad():
         differences = (model(x) - model(torch.zeros_like(x))).abs().T

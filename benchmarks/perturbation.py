@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import tdhook
 from tdhook.attribution.ablation import feature_ablation
 from tdhook.attribution.kernel_shap import kernel_shap
 from tdhook.attribution.occlusion import occlusion
@@ -20,7 +19,7 @@ from tdhook.attribution.shapley import shapley_value_sampling, shapley_values
 
 from .captum_loops import EACH, loop
 from .case import Case, Competitor, Goal, Options
-from .networks import SmoothMLP, images, network, parts
+from .networks import SmoothMLP, functional, images, network, parts
 
 TITLE = "Perturbation methods"
 INTRODUCTION = """\
@@ -119,7 +118,7 @@ class Work:
 
     def ours(self, chunk_size: int | None) -> Any:
         """[T, B, *features] or [T, B, G], or an `Estimate` of that."""
-        f, params = tdhook.functionalize(self.model)
+        f, params = functional(self.model)
         options: dict[str, Any] = {"targets": self.targets, "chunk_size": chunk_size}
         if self.method == "occlusion":
             return occlusion(f, params, self.x, window=(3, 8, 8), stride=(3, 4, 4), **options)
@@ -131,7 +130,7 @@ class Work:
 
     @cached_property
     def exact(self) -> Tensor:
-        f, params = tdhook.functionalize(self.model)
+        f, params = functional(self.model)
         return shapley_values(f, params, self.x, targets=self.targets, groups=self.groups, chunk_size=64)
 
     def captum(self, model: Callable, target: int | None, at_once: int) -> Tensor:

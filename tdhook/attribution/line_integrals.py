@@ -188,18 +188,33 @@ def integrate_through(
         As `integrate_in_reverse`.
     """
     totals: list[Tensor] = []
+    first: Tensor | None = None  # dF/dh at the first node, as long as it is the same at all others
+    summed: list[Tensor] = []
     progress(0, len(nodes))
     width = head.evaluate(head.values)[(0,) * int(what.batched())].numel()
     for chunk in chunks(len(nodes), chunk_size and max(1, chunk_size // width)):
         at_once = chunk_size and max(1, chunk_size // len(nodes[chunk]))
-        totals = _added(totals, _chunk_through(what, head, tail, nodes[chunk], at_once))
+        after, before = _two_jacobians(what, head, tail, nodes[chunk], at_once)
+        if chunk.start == 0 and not is_compiling() and not is_wrapped(after):
+            first = after[:, :1]
+        if first is not None and bool((after == first).all()):
+            # Linear from the narrow site on: the nodes can be summed up before the product.
+            summed = _added(summed, [jacobian.sum(1, keepdim=True) for jacobian in before])
+        else:
+            totals = _added(totals, _products(after, before))
         progress(chunk.stop, len(nodes))
-    return totals
+    return _added(totals, _products(first, summed)) if first is not None and summed else totals
 
 
-def _chunk_through(what: Integrand, head: Explained, tail: Explained, nodes: Nodes, at_once: int | None) -> list[Tensor]:
+def _two_jacobians(
+    what: Integrand, head: Explained, tail: Explained, nodes: Nodes, at_once: int | None
+) -> tuple[Tensor, list[Tensor]]:
+    """dF/dh [H, S, *B, T], and dh/dx [H, S, *B, *features] times the velocity and the weights of the nodes."""
     points = vmap(what.path.points)(nodes.alphas)
     velocities = vmap(what.path.velocities)(nodes.alphas) if what.multiply else [torch.ones_like(p) for p in points]
+    factors = [
+        v * nodes.weights.to(v.dtype).reshape(*nodes.weights.shape, *[1] * (v.ndim - nodes.weights.ndim)) for v in velocities
+    ]
     narrow, pull, *_ = vjp(lambda moved: vmap_or_loop(head.evaluate, moved), points)  # [S, *B, *H]
 
     def scores(values: Tensor) -> Tensor:
@@ -208,27 +223,21 @@ def _chunk_through(what: Integrand, head: Explained, tail: Explained, nodes: Nod
     lead = scores(narrow).ndim - 1
     units = torch.eye(narrow[(0,) * lead].numel(), dtype=narrow.dtype, device=narrow.device)
     units = units.reshape(-1, *[1] * lead, *narrow.shape[lead:]).expand(-1, *narrow.shape)
-    totals: list[Tensor] = []
-    for some in chunks(len(units), at_once):
-        after = vmap(lambda unit: push_forward(scores, (narrow,), (unit,))[1])(units[some])  # [H, S, *B, T]
-        before = [b * v for b, v in zip(vmap(lambda unit: pull(unit)[0])(units[some]), velocities)]  # [H, S, *B, *features]
-        if what.groups is not None:
-            before = [what.groups.sums(before)]
-        totals = _added(totals, _contracted(after, before, nodes.weights))
-    return totals
+    after = vmap(lambda unit: push_forward(scores, (narrow,), (unit,))[1], chunk_size=at_once)(units)
+
+    def pulled(unit: Tensor) -> list[Tensor]:
+        products = [b * factor for b, factor in zip(pull(unit)[0], factors)]
+        return products if what.groups is None else [what.groups.sums(products)]
+
+    return after, list(vmap(pulled, chunk_size=at_once)(units))
 
 
-def _contracted(after: Tensor, before: list[Tensor], weights: Tensor) -> list[Tensor]:
-    """The sum over coordinates and nodes of products of [H, S, *B, T] and [H, S, *B, *features]: each [T, *B, *features]."""
-    weights = weights.to(after.dtype).reshape(*weights.shape, *[1] * (after.ndim - 1 - weights.ndim))
+def _products(after: Tensor, before: Sequence[Tensor]) -> list[Tensor]:
+    """The sum over coordinates and nodes of [H, S, *B, T] times [H, S, *B, *features]: each [T, *B, *features]."""
     batch, count = after.shape[2:-1], after.shape[-1]
-    weighted = [b * weights.reshape(*weights.shape[:-1], *[1] * (b.ndim - weights.ndim)) for b in before]
-    if not is_compiling() and not is_wrapped(after) and bool((after == after[:, :1]).all()):
-        # Linear from the narrow site on: the nodes can be summed up first.
-        after, weighted = after[:, :1], [w.sum(1, keepdim=True) for w in weighted]
     left = after.reshape(-1, batch.numel(), count)
     results = []
-    for jacobian in weighted:
+    for jacobian in before:
         features = jacobian.shape[2 + len(batch) :]
         right = jacobian.reshape(-1, batch.numel(), features.numel())
         results.append(einsum(left, right, "h b t, h b d -> t b d").reshape(count, *batch, *features))
