@@ -102,7 +102,8 @@ def activation_maximization(
 
     Examples:
         >>> f, params = tdhook.functionalize(torch.nn.Linear(2, 3, bias=False))
-        >>> best, values = activation_maximization(f, params, torch.zeros(1, 2), targets=[0, 2], steps=5, bounds=(-1, 1))
+        >>> options = {"steps": 2, "update": "sign", "bounds": (-1, 1)}
+        >>> best, values = activation_maximization(f, params, torch.zeros(1, 2), targets=[0, 2], **options)
         >>> torch.allclose(values[:, 0], params["weight"][[0, 2]].abs().sum(1)), best.shape
         (True, torch.Size([2, 1, 2]))
     """
