@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from ..core.batching import chunks
+from ..core.quadrature import quadrature_rule
 
 LEVELS = (5, 9, 17, 33)
 FIRST = 9
@@ -80,8 +81,8 @@ def chebyshev_points(n: int) -> Array:
 
 @functools.cache
 def gauss_rule(order: int) -> tuple[Array, Array]:
-    nodes, weights = numpy.polynomial.legendre.leggauss(order)
-    return (nodes + 1) / 2, weights / 2
+    nodes, weights = quadrature_rule("gauss_legendre", order)
+    return numpy.array(nodes), numpy.array(weights)
 
 
 def _coefficients(n: int) -> Array:

@@ -15,6 +15,7 @@ from ..core.errors import InputError
 from ..core.explained import explained
 from ..core.groups import Groups, feature_groups
 from ..core.progress import Progress
+from ..core.quadrature import quadrature_rule
 from ..core.reading import stop_at
 from ..core.structure import describe
 from ..core.targets import Targets, check, count
@@ -23,7 +24,6 @@ from .adaptive import Search, sampler
 from .bottleneck import narrow_site
 from .line_integrals import Integrand, Nodes, integrate_forward, integrate_in_reverse, integrate_through, no_progress
 from .paths import Curve, straight, straight_path
-from .quadrature import quadrature_rule
 
 ATTEMPTS = 3
 MODES = ("auto", "reverse", "forward")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vjp
+from torch.func import vjp, vmap
 from torch.utils import _pytree as pytree
 
 from ..core.batching import chunks, pull_each, vmap_or_loop
@@ -17,13 +17,13 @@ from ..core.derivatives import perturb
 from ..core.errors import InputError
 from ..core.explained import moving_leaves
 from ..core.functional import FunctionalModel
+from ..core.quadrature import quadrature_rule
 from ..core.reading import stop_at
 from ..core.structure import describe
 from ..core.targets import Targets, check, select
 from ..core.transforms import Sites, exact_wants, require_sites
 from ..core.writing import intervene
 from .paths import Path, straight_path
-from .quadrature import quadrature_rule
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,10 @@ class Walk:
 
     def points(self, nodes: tuple[float, ...]) -> list[Tensor]:
         """Path points, each [S, *shape]."""
-        moved = []
-        for start, end in zip(self.path.starts, self.path.ends):
-            alphas = torch.tensor(nodes, dtype=end.dtype, device=end.device)
-            moved.append(start + alphas.reshape(-1, *[1] * end.ndim) * (end - start))
-        return moved
+        end = self.path.ends[0]
+        return vmap(self.path.points)(
+            torch.tensor(nodes, dtype=torch.promote_types(end.dtype, torch.float32), device=end.device)
+        )
 
 
 def walk_of(f: Any, params: Any, inputs: Any, baselines: Any, along: Sites | None, at: Sites, name: str) -> Walk:

@@ -14,12 +14,13 @@ def push_forward(function: Callable, primals: tuple, tangents: tuple) -> tuple[A
 
     The fused kernels have no forward-mode derivative, so attention runs in its plain form, equal up to rounding.
     """
-    with _plain_attention():
+    with plain_attention():
         value, tangent, *_ = jvp(function, primals, tangents)
     return value, tangent
 
 
-def _plain_attention() -> AbstractContextManager:
+def plain_attention() -> AbstractContextManager:
+    """Attention in its plain form, which has every derivative and a batching rule."""
     try:
         from torch.nn.attention import SDPBackend, sdpa_kernel
     except ImportError:  # torch < 2.3

@@ -10,7 +10,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from ..core.errors import InputError, TargetError
-from ..core.forward_mode import _plain_attention
+from ..core.forward_mode import plain_attention
 from ..core.structure import describe, tensors
 from .moving import Moving
 
@@ -74,7 +74,7 @@ def output_of_example(f: Any, moved: Moving, inputs: Any) -> Callable[[Sequence[
 
     def evaluate(values: Sequence[Tensor], index: Tensor) -> Any:
         # torch 2.13 runs the fused kernels of attention one example after the other inside a vmap, with a warning.
-        with _plain_attention():
+        with plain_attention():
             return f(moved.put(values), example(inputs, index))
 
     return evaluate

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy
 import torch
 from einops import reduce
 from tensordict import TensorDict
@@ -15,6 +14,7 @@ from torch.func import vjp
 from ..core.batching import pull_each
 from ..core.checks import require_gradients, require_positive, warn_if_stochastic
 from ..core.errors import InputError
+from ..core.quadrature import quadrature_rule
 from ..core.structure import describe
 from ..core.targets import Targets, check
 from ..core.targets import select as select_targets
@@ -103,7 +103,7 @@ def parameter_integrated_gradients(
         return chosen.flatten(0, -2).mean(0) if chosen.ndim > 1 else chosen
 
     total: list[Any] = [0] * len(starts)
-    for node, weight in _nodes(steps):
+    for node, weight in zip(*quadrature_rule("gauss_legendre", steps)):
         point = [a + node * (b - a) for a, b in zip(starts, ends)]
         values, pull, *_ = vjp(scores, point)
         (gradients,) = pull_each(pull, values, torch.ones_like(values[..., :1]), chunk_size)
@@ -175,10 +175,3 @@ def sum_heads(attribution: Tensor, heads: int, axis: int) -> Tensor:
         raise InputError(f"heads={heads} do not divide the {attribution.shape[axis]} numbers of axis {axis}.")
     pattern = "... (head a) b -> ... head" if axis == -2 else "... a (head b) -> ... head"
     return reduce(attribution, pattern, "sum", head=heads)
-
-
-@torch.compiler.assume_constant_result
-def _nodes(steps: int) -> tuple[tuple[float, float], ...]:
-    """Gauss-Legendre nodes and weights on [0, 1]."""
-    nodes, weights = numpy.polynomial.legendre.leggauss(steps)
-    return tuple(zip(((nodes + 1) / 2).tolist(), (weights / 2).tolist()))

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from tdhook.attribution.quadrature import QUADRATURES, quadrature_rule
 from tdhook.core.errors import InputError
+from tdhook.core.quadrature import QUADRATURES, quadrature_rule
 
 STEPS = [2, 3, 7, 50]
 

@@ -7,8 +7,8 @@ import functools
 import numpy
 import torch
 
-from ..core.checks import require_positive
-from ..core.errors import InputError
+from .checks import require_positive
+from .errors import InputError
 
 QUADRATURES = ("gauss_legendre", "riemann_left", "riemann_right", "midpoint", "trapezoid")
 
