@@ -180,3 +180,13 @@ def test_what_does_not_fit_the_output_is_refused(target, output, message):
 def test_a_target_that_makes_no_sense_is_not_made(make, message):
     with pytest.raises(TargetError, match=message):
         make()
+
+
+def test_several_classes_of_its_own_for_each_example():
+    output = torch.arange(12.0).reshape(3, 4)
+    classes = torch.tensor([[0, 3], [1, 1], [2, 0]])
+    chosen, plural = select(T.per_example(classes), output)
+    assert plural
+    assert chosen.tolist() == [[0, 3], [5, 5], [10, 8]]
+    with pytest.raises(TargetError, match=r"per_example has shape \[3, 2\] for an output of shape \[2, 4\]"):
+        select(T.per_example(classes), output[:2])
