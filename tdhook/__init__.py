@@ -8,6 +8,7 @@ from .core.functional import FunctionalModel, functionalize
 from .core.groups import Groups
 from .core.progress import tqdm_progress
 from .core.reading import capture, stop_at
+from .core.ruling import with_rules
 from .core.sites import Site
 from .core.tail import start_from
 from .core.tracing import Trace, trace
@@ -40,4 +41,5 @@ __all__ = [
     "tqdm_progress",
     "trace",
     "weights",
+    "with_rules",
 ]

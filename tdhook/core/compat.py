@@ -33,6 +33,15 @@ def unwrapped(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def grad_depth(tensor: Tensor) -> int:
+    """How many derivatives are being taken with respect to what a tensor was computed from."""
+    depth = 0
+    while is_wrapped(tensor):
+        depth += _functorch.is_gradtrackingtensor(tensor) and tensor.requires_grad
+        tensor = _functorch.get_unwrapped(tensor)
+    return depth + tensor.requires_grad
+
+
 def level_of(tensor: Tensor) -> int:
     """How many transforms deep the innermost one is that a tensor belongs to."""
     return max(0, _functorch.maybe_get_level(tensor))

@@ -90,15 +90,20 @@ class _CotangentEditor(Handler):
         self.edits = edits
 
     def visit(self, want: Want, site: Site, value: Tensor) -> Tensor:
-        # The copy keeps the Function off the input of a surrounding torch.func.grad, where a compiled Function loses its
-        # backward (seen in torch 2.13 and 2.14).
-        function = _EditCotangent if is_compiling() else _EditCotangentEager
         edit = self.edits[want]
 
         def checked(cotangent: Tensor) -> Tensor:
             return fitting(f"the edit at {str(site)!r}", edit(cotangent), cotangent)
 
-        return function.apply(value.clone(), checked)
+        return edited_cotangent(value, checked)
+
+
+def edited_cotangent(value: Tensor, edit: Callable[[Tensor], Tensor]) -> Tensor:
+    """`value`, whose cotangent passes through `edit` on its way back."""
+    # The copy keeps the Function off the input of a surrounding torch.func.grad, where a compiled Function loses its backward
+    # (seen in torch 2.13 and 2.14).
+    function = _EditCotangent if is_compiling() else _EditCotangentEager
+    return function.apply(value.clone(), edit)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -140,14 +145,16 @@ def edit_gradient(f: FunctionalModel, edits: Mapping[Any, Callable[[Tensor], Ten
     return EditGradient(f, tuple(table), table)
 
 
-class _Freezer(Handler):
+class Freezer(Handler):
+    changes_dependence = True
+
     def visit(self, want: Want, site: Site, value: Tensor) -> Tensor:
         return value.detach()
 
 
 class Freeze(Transform):
-    def _handler(self, extra: tuple) -> tuple[_Freezer, tuple]:
-        return _Freezer(self.wants), extra
+    def _handler(self, extra: tuple) -> tuple[Freezer, tuple]:
+        return Freezer(self.wants), extra
 
 
 def freeze(f: FunctionalModel, sites: Sites) -> FunctionalModel:

@@ -30,6 +30,10 @@ class TargetError(TdhookError, ValueError):
     """A target does not fit the output of the model."""
 
 
+class RuleError(TdhookError, ValueError):
+    """A propagation rule, or a table of them, does not fit the model or the operation."""
+
+
 class GradientError(TdhookError, RuntimeError):
     """A gradient was asked for where none can be computed."""
 

@@ -144,6 +144,7 @@ class Blueprint:
         self.stochastic = tuple(_stochastic(module))
         self.kinds = {join_path(path.split(".")) if path else "": type(m).__name__ for path, m in module.named_modules()}
         self.tails: dict[Any, dict] = {}  # what start_from found that it can leave out
+        self.plans: dict[Any, Any] = {}  # which operation gets which rule
         self.template = Twin(module, tensor_names)  # never run but by Dynamo, so that it can be copied at any time
         self._threads = threading.local()
 

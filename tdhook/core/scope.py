@@ -21,7 +21,13 @@ class Stop(BaseException):
 
 
 class Handler:
-    """What one transform does at its sites during one run. Subclasses override `visit`."""
+    """What one transform does at its sites during one run. Subclasses override `visit`.
+
+    Attributes:
+        changes_dependence: it cuts values off from the input, so that what surrounds it has to know.
+    """
+
+    changes_dependence = False
 
     def __init__(self, wants: tuple[Want, ...]):
         self.wants = wants
@@ -57,6 +63,21 @@ class Handler:
     def calls(self, site: Site) -> int:
         """How often the module or operation of a site ran."""
         return self.counts.get((module_path(site), site.op), 0)
+
+
+class Ruler(Handler):
+    """A handler that carries operations out in its own way. Of several the outermost one does."""
+
+    def __init__(self) -> None:
+        super().__init__(())
+
+    def operation(self, frame: Frame, path: str, op: str, function: Callable, in_place: bool) -> Callable:
+        """What is called in place of an operation: `function` itself, to leave it as it is."""
+        return function
+
+    def module(self, frame: Frame, module: Any, path: str, call: int, forward: Callable) -> Callable:
+        """What is called in place of the forward of a module."""
+        return forward
 
 
 class Observer:
@@ -101,11 +122,13 @@ class Frame:
             for want in handler.wants:
                 table = self.modules if want.site.op is None else self.operations
                 table.setdefault(module_path(want.site), []).append((handler, want))
-        self.watches_all = observer is not None or substitutes is not None or bool(self.operations)
+        self.ruler = next((handler for handler in handlers if isinstance(handler, Ruler)), None)
+        self.watches_all = observer is not None or substitutes is not None or self.wants_operations
 
     @property
     def wants_operations(self) -> bool:
-        return bool(self.operations) or (self.observer is not None and self.observer.operations)
+        watched = self.observer is not None and self.observer.operations
+        return watched or bool(self.operations) or self.ruler is not None
 
     def call_module(self, module: Any, forward: Callable, args: tuple, kwargs: dict) -> Any:
         """Runs one module call of the twin."""
@@ -121,6 +144,8 @@ class Frame:
             self.observer.enter(path, call, args, kwargs)
         if taps:
             args, kwargs = self._visit_inputs(taps, None, call, args, kwargs, module._tdhook_names)
+        if self.ruler is not None:
+            forward = self.ruler.module(self, module, path, call, forward)
         self.stack.append(path)
         try:
             output = forward(module, *args, **kwargs)
@@ -137,12 +162,13 @@ class Frame:
         call = self._count(path, op)
         if taps:
             args, kwargs = self._visit_inputs(taps, op, call, args, kwargs, ())
+        own = function if self.ruler is None else self.ruler.operation(self, path, op, function, in_place)
         target = None
-        if taps and in_place and args and isinstance(args[0], Tensor):
+        if (taps or own is not function) and in_place and args and isinstance(args[0], Tensor):
             # `x.relu_()` without assignment: the model goes on with x, so the written value has to be in x. The operation
             # itself writes into a copy, which its backward may keep.
             target, args = args[0], (args[0].clone(), *args[1:])
-        output = function(*args, **kwargs)
+        output = own(*args, **kwargs)
         if self.observer is not None:
             self.observer.operation(path, op, call, args, kwargs, output)
         if taps:

@@ -164,7 +164,7 @@ def trace(f: FunctionalModel, params: Any, inputs: Any, *extra: Any, operations:
         f._run(params, inputs, extra, Execution(observer=tracer))
         return tracer
 
-    tracer = _run_abstract_or_real(run, params, inputs, extra)
+    tracer, _ = run_abstract_or_real(run, params, inputs, extra)
     kinds = f.base.blueprint.kinds
     calls: dict[tuple[str, str | None], int] = {}
     for (path, op, _), _, _ in tracer.found:
@@ -191,13 +191,13 @@ def run_abstract(run: Callable, *arguments: Any) -> Any:
     return _in_thread(abstract)
 
 
-def _run_abstract_or_real(run: Callable, *arguments: Any) -> Any:
-    """`run_abstract`, or a real run for a model that asks for values or leaves torch (`.item()`, `.numpy()`).
+def run_abstract_or_real(run: Callable, *arguments: Any) -> tuple[Any, bool]:
+    """`run_abstract`, or a real run for a model that asks for values or leaves torch (`.item()`, `.numpy()`); and which it was.
 
     Raises ModelError when that is impossible because the arguments are batched by a surrounding vmap.
     """
     try:
-        return run_abstract(run, *arguments)
+        return run_abstract(run, *arguments), True
     except TdhookError:
         raise
     except Exception as error:
@@ -209,7 +209,7 @@ def _run_abstract_or_real(run: Callable, *arguments: Any) -> Any:
                     clones = [copy.deepcopy(leaf, {id(t): t.clone() for t in reachable_tensors(leaf)}) for leaf in leaves]
                     return run(*pytree.tree_unflatten(clones, spec))
 
-            return _in_thread(real)
+            return _in_thread(real), False
         if isinstance(error, _VALUE_DEPENDENT):
             raise ModelError(
                 f"the control flow of the model depends on values, which a transform hides here: {error}"

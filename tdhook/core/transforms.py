@@ -9,6 +9,7 @@
 | `edit_gradient(f, edits)` | `g(params, inputs) -> output` | same value, another cotangent | `derivatives` |
 | `freeze(f, sites)` | `g(params, inputs) -> output` | same value, no gradient | `derivatives` |
 | `start_from(f, sites)` | `g(params, inputs, value) -> output` | the tail: what is not needed does not run | `tail` |
+| `with_rules(f, rules)` | `g(params, inputs) -> output` | same value, other backward passes of operations | `ruling` |
 
 A value passes the innermost transform (the one closest to the model) first: a capture outside a write reads what was written,
 one inside it reads what was there before, and of two writes of one site the outer one wins.

@@ -1,0 +1,78 @@
+"""Propagation rules: other backward passes for operations (`tdhook.with_rules`), and tables of them."""
+
+from ...core.rules import Affine, Entry, Operation, Rule, Rules, on
+from .affine import AlphaBeta, Epsilon, Gamma, ZPlus
+from .elementwise import (
+    Attention,
+    BetaSmooth,
+    Deconv,
+    FrozenGate,
+    FrozenPattern,
+    Gradient,
+    Guided,
+    Identity,
+    Pass,
+    Stop,
+    Uniform,
+)
+from .first_layer import Flat, WSquare, ZBox
+from .normalization import FrozenScale
+from .presets import (
+    attn_lrp,
+    beta_smooth,
+    cp_lrp,
+    deconvnet,
+    epsilon_alpha2_beta1,
+    epsilon_alpha2_beta1_flat,
+    epsilon_gamma_box,
+    epsilon_plus,
+    epsilon_plus_flat,
+    excitation_backprop,
+    guided_backprop,
+    relp,
+    relp_ah,
+)
+from .report import Report, explain
+
+__all__ = [
+    "Affine",
+    "AlphaBeta",
+    "Attention",
+    "BetaSmooth",
+    "Deconv",
+    "Entry",
+    "Epsilon",
+    "Flat",
+    "FrozenGate",
+    "FrozenPattern",
+    "FrozenScale",
+    "Gamma",
+    "Gradient",
+    "Guided",
+    "Identity",
+    "Operation",
+    "Pass",
+    "Report",
+    "Rule",
+    "Rules",
+    "Stop",
+    "Uniform",
+    "WSquare",
+    "ZBox",
+    "ZPlus",
+    "attn_lrp",
+    "beta_smooth",
+    "cp_lrp",
+    "deconvnet",
+    "epsilon_alpha2_beta1",
+    "epsilon_alpha2_beta1_flat",
+    "epsilon_gamma_box",
+    "epsilon_plus",
+    "epsilon_plus_flat",
+    "excitation_backprop",
+    "explain",
+    "guided_backprop",
+    "on",
+    "relp",
+    "relp_ah",
+]

@@ -1,0 +1,305 @@
+"""`with_rules`: the same values, another backward for operations, as a table of rules says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .compat import grad_depth, is_compiling
+from .decompositions import DECOMPOSITIONS
+from .errors import GradientError
+from .functional import Execution, FunctionalModel
+from .operations import OperationMode
+from .planning import Key, Plan, Planned, check_sites, is_decomposed, make_plan, planned_at
+from .rules import Operation, Rule, Rules
+from .scope import Frame, Ruler
+from .transforms import Transform, require_sites
+
+
+class _Enforcer(Ruler):
+    """Carries out a plan in one run.
+
+    Args:
+        rules: the table.
+        plan: which operation gets which line of it.
+        references: what rules kept of a run on a baseline.
+        constants: what was a constant of the derivative in a run before, to be taken from there.
+        probe: scales the operands and the result of an operation by 1 + 0, to tell what relevance goes in and out.
+    """
+
+    def __init__(
+        self,
+        rules: Rules,
+        plan: Plan | int,
+        references: Mapping | None = None,
+        constants: Mapping | None = None,
+        probe: Probe | None = None,
+    ):
+        super().__init__()
+        self.rules, self.plan = rules, plan
+        self.references, self.constants, self.probe = references, constants, probe
+        self.numbers: dict[tuple, int] = {}
+
+    def operation(self, frame: Frame, path: str, op: str, function: Callable, in_place: bool) -> Callable:
+        within = (path, frame.counts.get((path, None), 0), op)
+        number = self.numbers[within] = self.numbers.get(within, -1) + 1
+        key = (*within, number)
+        if is_decomposed(self.plan, key):
+            return decomposed(frame, op, function)
+        planned = planned_at(self.plan, key)
+        return function if planned is None else self._ruled(key, planned, function, in_place)
+
+    def module(self, frame: Frame, module: Any, path: str, call: int, forward: Callable) -> Callable:
+        key = (path, call + 1, "module", 0)
+        planned = planned_at(self.plan, key)
+        if planned is None or (planned.line is None and self.probe is None):
+            return forward
+
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            paused, frame.paused = frame.paused, True
+            try:
+                return forward(module, *args, **kwargs)
+            finally:
+                frame.paused = paused
+
+        ruled = self._ruled(key, planned, inside, False)
+        return lambda module, *args, **kwargs: ruled(*args, **kwargs)
+
+    def _ruled(self, key: Key, planned: Planned, function: Callable, in_place: bool) -> Callable:
+        rule = None if planned.line is None else self.rules.entries[planned.line].rule
+        probe = self.probe
+        if rule is None and probe is None:
+            return function
+        call = out_of_place(function) if in_place else function
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if probe is not None:
+                args, kwargs = probe.operands(planned, args, kwargs)
+            output = call(*args, **kwargs) if rule is None else self._apply(rule, key, planned, call, args, kwargs)
+            return output if probe is None else probe.result(planned, output)
+
+        return run
+
+    def _apply(self, rule: Rule, key: Key, planned: Planned, call: Callable, args: tuple, kwargs: dict) -> Any:
+        reference = None if self.references is None else self.references.get(key)
+        return rule(_running(planned, call, args, kwargs, reference, self._constant(key, planned)))
+
+    def _constant(self, key: Key, planned: Planned) -> Callable[[Tensor], Tensor]:
+        if self.constants is not None:
+            return _next_of(self.constants[key])
+        return _detached if is_compiling() else _Detacher(planned.site)
+
+
+class _Keeper(_Enforcer):
+    """Runs on a baseline, and asks each rule what it wants of that."""
+
+    def __init__(self, rules: Rules, plan: Plan | int) -> None:
+        super().__init__(rules, plan)
+        self.kept: dict[Key, Any] = {}
+
+    def _apply(self, rule: Rule, key: Key, planned: Planned, call: Callable, args: tuple, kwargs: dict) -> Any:
+        operation = _running(planned, call, args, kwargs, None, _detached)
+        if rule.keeps:
+            self.kept[key] = rule.keep(operation)
+        return operation.evaluate()
+
+
+class _ConstantKeeper(_Enforcer):
+    """Notes what each rule asks to be a constant."""
+
+    def __init__(self, rules: Rules, plan: Plan | int, references: Mapping | None) -> None:
+        super().__init__(rules, plan, references)
+        self.kept: dict[Key, list[Tensor]] = {}
+
+    def _constant(self, key: Key, planned: Planned) -> Callable[[Tensor], Tensor]:
+        kept = self.kept[key] = []
+
+        def constant(value: Tensor) -> Tensor:
+            kept.append(value)
+            return value
+
+        return constant
+
+
+def _running(
+    planned: Planned, function: Callable, args: tuple, kwargs: dict, reference: Any, constant: Callable[[Tensor], Tensor]
+) -> Operation:
+    known = (planned.of_input, planned.nonnegative, planned.gates)
+    return Operation(
+        planned.name, planned.site, planned.group, function, args, kwargs, planned.active, *known, reference, constant
+    )
+
+
+def _detached(value: Tensor) -> Tensor:
+    return value.detach()
+
+
+class _Detacher:
+    """`detach`, or an error where that would make a derivative of the relevance silently wrong."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+
+    def __call__(self, value: Tensor) -> Tensor:
+        if grad_depth(value) > 1:
+            raise GradientError(
+                f"the relevance is being differentiated, but the rule at {self.address!r} takes coefficients from values as "
+                "constants; use tdhook.attribution.lrp, which can be differentiated, or detach what goes in."
+            )
+        return value.detach()
+
+
+def _next_of(values: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    remaining = iter(values)
+    return lambda _: next(remaining)
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """Tells how much relevance enters and leaves each operation: the gradient with respect to scales of 1 + 0.
+
+    Attributes:
+        operands_by, result_by: Tensor [N] of zeros, one for each planned operation.
+    """
+
+    operands_by: Tensor
+    result_by: Tensor
+
+    def operands(self, planned: Planned, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        scale = 1 + self.operands_by[planned.number]
+        bound: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        for position in planned.active:
+            bound[position] = _scaled(bound[position], scale)
+        return tuple(bound[i] for i in range(len(args))), {name: bound[name] for name in kwargs}
+
+    def result(self, planned: Planned, output: Any) -> Any:
+        return _scaled(output, 1 + self.result_by[planned.number])
+
+
+def _scaled(value: Any, scale: Tensor) -> Any:
+    if isinstance(value, Tensor):
+        return value * scale.to(value.dtype) if value.is_floating_point() else value
+    return type(value)(_scaled(v, scale) for v in value) if type(value) in (tuple, list) else value
+
+
+def out_of_place(function: Callable) -> Callable:
+    """An operation that overwrites its first argument, made to overwrite a copy: a rule may evaluate it several times."""
+    return lambda first, *args, **kwargs: function(first.clone(), *args, **kwargs)
+
+
+def decomposed(frame: Frame, op: str, function: Callable) -> Callable:
+    """A fused operation carried out in parts, each of which is an operation of the same module; its own values are kept."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with OperationMode(frame):
+            parts = DECOMPOSITIONS[op](*args, **kwargs)
+        with torch.no_grad():
+            whole = function(*args, **kwargs)
+        return _with_values(whole, parts)
+
+    return run
+
+
+def _with_values(whole: Any, parts: Any) -> Any:
+    if isinstance(whole, Tensor):
+        return whole.detach() + (parts - parts.detach())
+    if isinstance(whole, (tuple, list)):
+        return type(whole)(_with_values(w, p) for w, p in zip(whole, parts))
+    return whole
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Ruled(Transform):
+    rules: Rules
+    references: Mapping | None = None
+    constants: Mapping | None = None
+
+    edits_backward: ClassVar[bool] = True
+
+    def key(self) -> tuple:
+        return (type(self), self.rules, self.inner.key())
+
+    def plan(self, params: Any, inputs: Any, extra: tuple = (), execution: Execution | None = None) -> Plan | int:
+        """Which operation gets which rule, found by one run on fake tensors with inputs of these shapes."""
+        return make_plan(self.inner, self.rules, params, inputs, extra, execution or Execution())
+
+    def _run(self, params: Any, inputs: Any, extra: tuple, execution: Execution) -> Any:
+        if any(isinstance(handler, Ruler) for handler in execution.handlers):
+            return self.inner._run(params, inputs, extra, execution)  # an outer one has these rules, too
+        plan = self.plan(params, inputs, extra, execution)
+        enforcer = _Enforcer(self.rules, plan, self.references, self.constants)
+        return self._run_with(enforcer, params, inputs, extra, execution)
+
+    def _run_with(self, ruler: Ruler, params: Any, inputs: Any, extra: tuple, execution: Execution) -> Any:
+        return self.inner._run(params, inputs, extra, execution.within(ruler))
+
+    def on_baseline(self, params: Any, baselines: Any) -> Ruled:
+        """The same with what its rules want to know of a run on a baseline."""
+        keeper = _Keeper(self.rules, self.plan(params, baselines))
+        self._run_with(keeper, params, baselines, (), Execution())
+        return replace(self, references=keeper.kept)
+
+    def differentiable(self, params: Any, inputs: Any) -> Ruled:
+        """The same with the coefficients of its rules taken from a run on `inputs`, so that gradients can go through them."""
+        keeper = _ConstantKeeper(self.rules, self.plan(params, inputs), self.references)
+        self._run_with(keeper, params, inputs, (), Execution())
+        return replace(self, constants=keeper.kept)
+
+    def probed(self, params: Any, inputs: Any, probe: Probe) -> Any:
+        """The output, with probes at all operations."""
+        enforcer = _Enforcer(self.rules, self.plan(params, inputs), self.references, self.constants, probe)
+        return self._run_with(enforcer, params, inputs, (), Execution())
+
+    def __repr__(self) -> str:
+        return f"with_rules({self.inner!r}, {len(self.rules.entries)} rules)"
+
+
+def with_rules(f: FunctionalModel, rules: Any) -> Ruled:
+    """Keeps the values and gives operations another backward, as a table of propagation rules says.
+
+        y = with_rules(f, rules)(params, x) equals f(params, x) bit for bit;  its relevance at a value v is v * dy/dv
+
+    Args:
+        f: functional model. Rules that it already has come after the new ones.
+        rules: a preset of `tdhook.attribution.rules`, or a mapping from operations, groups of operations or patterns of sites
+            to rules; see `tdhook.attribution.rules.Rules`.
+
+    Returns:
+        `g(params, inputs) -> output`, again a functional model.
+
+    Raises:
+        RuleError: a rule that is none, an operation or a site that the model does not have or does not run; when called: a rule
+            that does not fit its operation, a table that fits no operation. GradientError, when called: a derivative of the
+            relevance, of which `tdhook.attribution.lrp` is capable.
+
+    Cost: the forward pass, with what the rules add to it. The first call with new shapes adds a run on fake tensors.
+
+    Examples:
+        >>> from tdhook.attribution.rules import Epsilon
+        >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.ReLU()))
+        >>> g = with_rules(f, {"linear": Epsilon(0.5)})
+        >>> bool((g(params, torch.ones(1, 2)) == f(params, torch.ones(1, 2))).all())
+        True
+    """
+    require_sites(f)
+    table = Rules.of(rules)
+    inner: FunctionalModel = f
+    while isinstance(inner, Transform):
+        if isinstance(inner, Ruled):
+            table = table + inner.rules
+        inner = inner.inner
+    check_sites(f, table)
+    return Ruled(f, (), table)
+
+
+def plan_of(f: Any, params: Any, inputs: Any) -> Plan | int | None:
+    """The plan of the outermost rules of a model; None if it has none."""
+    while isinstance(f, Transform):
+        if isinstance(f, Ruled):
+            return f.plan(params, inputs)
+        f = f.inner
+    return None
