@@ -27,6 +27,13 @@ TASKS = (
     "perturbation",
     "activation_maps",
     "activation_patching",
+    "per_example_gradients",
+    "tracin",
+    "pruning_sweep",
+    "similarity",
+    "dimension",
+    "collection",
+    "probes",
     "calls",
     "memory",
 )

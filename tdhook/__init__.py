@@ -1,6 +1,11 @@
 """Interpretability of PyTorch models as pure functions: no hooks, no state, and any model."""
 
-from . import attribution, errors, latent, metrics, targets, weights
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import errors, targets
 from .core.derivatives import edit_gradient, freeze, perturb
 from .core.errors import TdhookError
 from .core.estimate import Estimate
@@ -15,7 +20,12 @@ from .core.tracing import Trace, trace
 from .core.transforms import expand
 from .core.writing import intervene
 
+if TYPE_CHECKING:
+    from . import attribution, latent, metrics, plotting, weights
+
 __version__ = "0.1.0"
+
+_WINGS = ("attribution", "latent", "metrics", "plotting", "weights")
 
 __all__ = [
     "Estimate",
@@ -35,6 +45,7 @@ __all__ = [
     "latent",
     "metrics",
     "perturb",
+    "plotting",
     "start_from",
     "stop_at",
     "targets",
@@ -43,3 +54,14 @@ __all__ = [
     "weights",
     "with_rules",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The wings are imported on first use: they take longer than the core."""
+    if name in _WINGS:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WINGS})

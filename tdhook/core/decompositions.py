@@ -1,4 +1,4 @@
-"""Fused operations written out, so that rules reach their parts: multi-head attention and recurrent layers."""
+"""Fused operations written out, so that rules reach their parts: multi-head attention, recurrent layers, gated units."""
 
 from __future__ import annotations
 
@@ -148,7 +148,14 @@ def _recurrent(cell: Callable) -> Callable:
     return run
 
 
+def glu(x: Tensor, dim: int = -1) -> Tensor:
+    """A product with a sigmoid."""
+    kept, gate = x.chunk(2, dim)
+    return kept * torch.sigmoid(gate)
+
+
 DECOMPOSITIONS: Mapping[str, Callable] = {
+    "glu": glu,
     "multi_head_attention_forward": multi_head_attention_forward,
     "lstm": _recurrent(_lstm_cell),
     "gru": _recurrent(_gru_cell),

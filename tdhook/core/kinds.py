@@ -17,7 +17,7 @@ CONVOLUTIONS = frozenset(
 )
 ACTIVATIONS = words(
     "relu relu6 leaky_relu rrelu prelu elu selu celu gelu silu mish hardswish hardtanh hardsigmoid hardshrink softshrink "
-    "tanhshrink softplus softsign sigmoid logsigmoid tanh threshold clamp clamp_min clamp_max clip"
+    "tanhshrink softplus softsign sigmoid expit logsigmoid log_sigmoid tanh threshold clamp clamp_min clamp_max clip"
 )
 NORMALIZATIONS = frozenset({"layer_norm", "rms_norm", "group_norm", "instance_norm", "local_response_norm", "normalize"})
 ATTENTION = frozenset({"scaled_dot_product_attention"})
@@ -45,7 +45,7 @@ SHAPES = words(
     "broadcast_shapes unsafe_view real imag"
 )
 _BILINEAR = frozenset(
-    {"matmul", "rmatmul", "mm", "bmm", "mv", "dot", "vdot", "inner", "outer", "einsum", "tensordot", "bilinear"}
+    {"matmul", "rmatmul", "mm", "bmm", "mv", "dot", "vdot", "vecdot", "inner", "outer", "einsum", "tensordot", "bilinear"}
 )
 _FUSED_BILINEAR = frozenset({"addmm", "addmv", "baddbmm", "addbmm"})
 _PRODUCTS = frozenset({"mul", "div", "rdiv", "prod", "square"})
@@ -97,11 +97,15 @@ Position = int | str
 
 def group_of(name: str, active: tuple[Position, ...], args: tuple, kwargs: Mapping[str, Any]) -> str:
     """The group of an operation whose operands at `active` depend on the input."""
-    if name in CONVOLUTIONS:
-        return "convolution" if len(active) == 1 else "matmul"
-    if name == "linear" or name in _BILINEAR or name in _FUSED_BILINEAR:
+    if name in CONVOLUTIONS or name == "linear" or name in _BILINEAR or name in _FUSED_BILINEAR:
         moving = [p for p in active if p != bias_position(name, args, kwargs)]
-        return "linear" if len(moving) <= 1 else "matmul"
+        if not moving:
+            return "sum"  # only the bias depends on the input
+        if len(moving) > 1 or _moving_in(args[1:] if name == "einsum" else ()) > 1:
+            return "matmul"
+        return "convolution" if name in CONVOLUTIONS else "linear"
+    if name == "pow" and active == (0,) and isinstance(exponent := (*args, *kwargs.values())[-1], int) and exponent > 1:
+        return "product"
     if name in _PRODUCTS:
         if name in ("div", "rdiv") and (1 if name == "div" else 0) in active:
             return "function"  # in a denominator nothing can be shared out: its relevance is minus that of the numerator
@@ -121,6 +125,22 @@ def group_of(name: str, active: tuple[Position, ...], args: tuple, kwargs: Mappi
         if name in names:
             return group
     return "function"
+
+
+def _moving_in(operands: tuple) -> int:
+    """How many tensors that depend on the input are in the lists among the operands of an einsum."""
+    lists = (given for given in operands if isinstance(given, (list, tuple)))
+    return sum(t.requires_grad for given in lists for t in given if isinstance(t, torch.Tensor))
+
+
+def plain_name(name: str) -> str:
+    """The name of an operation without the namespace: `torch.linalg.vector_norm` calls itself `linalg_vector_norm`.
+
+    Examples:
+        >>> plain_name("linalg_vector_norm"), plain_name("special_expit"), plain_name("linear")
+        ('vector_norm', 'expit', 'linear')
+    """
+    return name.removeprefix("linalg_").removeprefix("special_")
 
 
 _PLACES = (torch, torch.Tensor, torch.nn.functional, torch.linalg, torch.special, torch.fft)
@@ -151,7 +171,9 @@ def bias_position(name: str, args: tuple, kwargs: Mapping[str, Any]) -> Position
 def weight_position(name: str, active: Position, args: tuple, kwargs: Mapping[str, Any]) -> Position | None:
     """Where an affine map in the operand at `active` has its weight; None for an einsum of more than two."""
     if name in _ARGUMENTS and name not in _FUSED_BILINEAR and name != "bilinear":
-        return 1 if len(args) > 1 else "weight"
+        weight: Position = 1 if len(args) > 1 else "weight"
+        # Where a network makes the weights and the other factor is fixed, the two change places.
+        return weight if active != weight else 0 if args else "input"
     bias = bias_position(name, args, kwargs)
     tensors: list[Position] = [p for p, value in enumerate(args) if isinstance(value, torch.Tensor)]
     tensors += [name for name, value in kwargs.items() if isinstance(value, torch.Tensor)]

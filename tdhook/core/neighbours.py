@@ -16,7 +16,8 @@ from .structure import describe
 
 BLOCK = 2**23  # distances held at once, where chunk_size does not say
 ROWS = 512
-SPARE = 8  # candidates beyond those asked for: the more, the fewer rows need a second look
+GATHERED = 2**20  # numbers of gathered rows held at once: a few MB stay in the cache
+SPARE = 4  # candidates beyond those asked for: the more, the fewer rows need a second look
 
 
 class Neighbours(NamedTuple):
@@ -65,7 +66,7 @@ def nearest(
             set of points NaN.
 
     Cost: a matrix product [Q, D] x [D, N], in float32 for float32 (float64 under vmap or compilation, without a second
-        look), and Q * (k + 9) differences. Rows with more than k + 8 neighbours at the same distance cost Q * N
+        look), and Q * (k + 5) differences. Rows with more than k + 4 neighbours at the same distance cost Q * N
         differences.
 
     Examples:
@@ -205,7 +206,7 @@ def _distances(queries: Tensor, points: Tensor, indices: Tensor, without: Tensor
 
     Infinite to the points `without` [L, N].
     """
-    width = max(1, BLOCK // max(1, indices.shape[0] * indices.shape[2] * queries.shape[-1]))
+    width = max(1, GATHERED // max(1, indices.shape[0] * indices.shape[2] * queries.shape[-1]))
     sets = torch.arange(indices.shape[0], device=indices.device)[:, None, None]
     parts = [
         torch.linalg.vector_norm(queries[:, part, None] - points[sets, indices[:, part]], dim=-1)

@@ -22,7 +22,7 @@ from .decompositions import DECOMPOSITIONS
 from .derivatives import Freezer
 from .errors import RuleError
 from .functional import Execution, FunctionalModel
-from .kinds import LINEAR_GROUPS, Position, bias_position, group_of, is_elementwise, words
+from .kinds import LINEAR_GROUPS, Position, bias_position, group_of, is_elementwise, plain_name, words
 from .operations import OperationMode
 from .rules import Entry, Operation, Rule, Rules
 from .scope import Frame, Handler, Ruler
@@ -43,6 +43,10 @@ class Planned(NamedTuple):
         line: the number of its line in the table; None for the plain gradient.
         live: whether the output depends on it: what a rule has cut off does not count.
         has_constant: something that does not depend on the input is added: a bias, a position embedding, a class token.
+        still: which of the floating-point tensors in the active arguments do not depend on the input, counted from 0: a class
+            token that is joined to patches.
+        absolute: its operand is an input, and the cotangent there is the relevance itself (see `Rule.absolute`).
+        alias: it returns its operand, or a view of it, which a later operation may write into.
     """
 
     number: int
@@ -56,6 +60,9 @@ class Planned(NamedTuple):
     line: int | None
     live: bool
     has_constant: bool
+    still: tuple[int, ...] = ()
+    absolute: bool = False
+    alias: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +123,20 @@ def absolute_inputs(plan: Plan | int) -> tuple[int, ...]:
             "has to be multiplied by the input; give both a rule of one kind."
         )
     return tuple(sorted(plan.absolute))
+
+
+@torch.compiler.assume_constant_result
+def addresses(plan: Plan | int) -> tuple[str, ...]:
+    """Where the planned operations are, by their numbers."""
+    plan = plan if isinstance(plan, Plan) else _PLANS[plan]
+    return tuple(planned.site for planned in plan.table.values())
+
+
+@torch.compiler.assume_constant_result
+def live_numbers(plan: Plan | int, lines: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    """The numbers of the operations that the output depends on; with `lines` of those that have one of these lines."""
+    plan = plan if isinstance(plan, Plan) else _PLANS[plan]
+    return tuple(p.number for p in plan.table.values() if p.live and (lines is None or p.line in lines))
 
 
 def check_sites(f: FunctionalModel, rules: Rules) -> None:
@@ -208,6 +229,7 @@ class _Planner(Ruler):
         self.found: list[_Found] = []
         self.decomposed: set[Key] = set()
         self.keep: list[Any] = []  # a storage that is freed would give its address to another
+        self.activated: set[Any] = set()  # nodes of autograd: what modules that are an activation returned
         self.tainted: set[int] = set()  # storages of integers that depend on the inputs
 
     def operation(self, frame: Frame, path: str, op: str, function: Callable, in_place: bool) -> Callable:
@@ -222,7 +244,7 @@ class _Planner(Ruler):
                 self.decomposed.add(key)
                 with OperationMode(frame):
                     return DECOMPOSITIONS[op](*args, **kwargs)
-            return self._record(key, site, function, args, kwargs)
+            return self._record(key, site, function, args, kwargs, in_place)
 
         return run
 
@@ -236,16 +258,10 @@ class _Planner(Ruler):
             output = forward(module, *args, **kwargs)
             active = _active(args, kwargs)
             names = [found.operation.name for found in self.found[before:]]
+            if whole := _is_activation(module, active, names, output):
+                self.activated.add(output.grad_fn)
             if not active or not names:
                 return output
-            whole = (
-                len(names) > 1
-                and len(active) == 1
-                and not module._modules
-                and not module._parameters
-                and isinstance(output, Tensor)
-                and all(map(is_elementwise, names))
-            )
             group = "activation" if whole else "function"
             operation = self._described(Operation("module", site, group, forward, args, kwargs, active))
             line = self._line(operation)
@@ -256,7 +272,7 @@ class _Planner(Ruler):
 
         return run
 
-    def _record(self, key: Key, site: Site, function: Callable, args: tuple, kwargs: dict) -> Any:
+    def _record(self, key: Key, site: Site, function: Callable, args: tuple, kwargs: dict, in_place: bool) -> Any:
         active = _active(args, kwargs)
         output = function(*args, **kwargs)
         if not active:
@@ -264,11 +280,13 @@ class _Planner(Ruler):
             return output
         if not any(t.is_floating_point() for _, t in tensors(output)) and key[2] != "setitem":
             return output  # a question about the operand, a comparison
-        group = group_of(key[2], active, args, kwargs)
-        operation = self._described(Operation(key[2], site, group, function, args, kwargs, active))
-        return self._add(key, operation, self._line(operation), output)
+        name = plain_name(key[2])
+        group = group_of(name, active, args, kwargs)
+        operation = self._described(Operation(name, site, group, function, args, kwargs, active))
+        alias = not in_place and bool(self._storages(output) & self._storages(_operands(operation)))
+        return self._add(key, operation, self._line(operation), output, alias)
 
-    def _add(self, key: Key, operation: Operation, line: int | None, output: Any) -> Any:
+    def _add(self, key: Key, operation: Operation, line: int | None, output: Any, alias: bool = False) -> Any:
         if line is not None:
             self.used.add(line)
         if self._stops(line):
@@ -276,8 +294,9 @@ class _Planner(Ruler):
         result = operation.args[0] if operation.name == "setitem" else output
         nodes = [t.grad_fn for _, t in tensors(result)]
         inputs = [i for i in map(self._input_of, _operands(operation)) if i is not None]
+        still = tuple(i for i, t in enumerate(floating(operation.argument(p) for p in operation.active)) if not t.requires_grad)
         without_values = replace(operation, function=_untraced, args=(), kwargs={})
-        self.found.append(_Found(key, without_values, line, nodes, inputs, _adds_constant(operation)))
+        self.found.append(_Found(key, without_values, line, nodes, inputs, _adds_constant(operation), still, alias))
         return output
 
     def _rule(self, line: int | None) -> Rule | None:
@@ -292,7 +311,7 @@ class _Planner(Ruler):
     def _described(self, operation: Operation) -> Operation:
         moving = _operands(operation)
         of_input = all(self._input_of(t) is not None for t in moving)
-        gates = _gates(operation) if operation.group == "product" else ()
+        gates = _gates(operation, self.activated) if operation.group == "product" else ()
         return replace(operation, of_input=of_input, nonnegative=all(map(_is_nonnegative, moving)), gates=gates)
 
     def _input_of(self, tensor: Tensor) -> int | None:
@@ -307,14 +326,16 @@ class _Planner(Ruler):
         return None
 
     def _seed_embeddings(self, op: str, args: tuple, kwargs: Mapping, output: Any) -> None:
-        """Lets what is looked up by an integer input depend on it, where no floating-point input does."""
+        """Lets what is looked up by an integer input depend on it."""
         given = [t for _, t in tensors((args, kwargs)) if not t.is_floating_point()]
-        if self.seeds or not self._storages(given) & self.tainted:
+        if not self._storages(given) & self.tainted:
             return
+        # Beside floating-point inputs, integers may also be positions in a table of constants, so embeddings only.
+        look_ups = _EMBEDDINGS if self.seeds else _LOOK_UPS
         for _, result in tensors(output):
             if not result.is_floating_point():
                 self.tainted |= self._storages(result)
-            elif op in _LOOK_UPS:
+            elif op in look_ups:
                 result.requires_grad_()
 
     def _storages(self, value: Any) -> set[int]:
@@ -356,8 +377,14 @@ class _Planner(Ruler):
             site = o.site if self.sites.get((found.key[0], o.name)) else replace(o.site, call=None)
             live = self._stops(found.line) or any(node in reachable for node in found.nodes)
             known = (o.name, o.group, o.active, o.of_input, o.nonnegative, o.gates)
-            table[found.key] = Planned(i, str(site), *known, found.line, live, found.has_constant)
-        return Plan(table, frozenset(self.decomposed), *self._read_by(list(table.values())))
+            table[found.key] = Planned(
+                i, str(site), *known, found.line, live, found.has_constant, found.still, False, found.alias
+            )
+        absolute, mixed = self._read_by(list(table.values()))
+        for found in self.found:
+            if found.operation.of_input and absolute.issuperset(found.inputs):
+                table[found.key] = table[found.key]._replace(absolute=True)
+        return Plan(table, frozenset(self.decomposed), absolute, mixed)
 
     def _read_by(self, operations: list[Planned]) -> tuple[frozenset[int], tuple[tuple[int, str, str], ...]]:
         absolute: dict[int, str] = {}
@@ -394,6 +421,14 @@ class _Found:
     nodes: list[Any]  # of autograd: what the operation returned
     inputs: list[int]  # which inputs its operands are rearrangements of
     has_constant: bool
+    still: tuple[int, ...]
+    alias: bool
+
+
+def _is_activation(module: Any, active: tuple, names: list[str], output: Any) -> bool:
+    """Whether a module is an activation that is written out."""
+    plain = len(active) == 1 and not module._modules and not module._parameters and isinstance(output, Tensor)
+    return plain and len(names) > 1 and all(map(is_elementwise, names))
 
 
 def _operands(operation: Operation) -> list[Tensor]:
@@ -409,6 +444,12 @@ def _adds_constant(operation: Operation) -> bool:
         return len(given) > 2
     bias = bias_position(operation.name, operation.args, operation.kwargs)
     return bias is not None and operation.argument(bias) is not None
+
+
+def floating(values: Any) -> list[Tensor]:
+    """The floating-point tensors in operands, in order."""
+    leaves = pytree.tree_flatten(list(values))[0]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _reachable(nodes: list[Any]) -> set[Any]:
@@ -432,12 +473,13 @@ def _active(args: tuple, kwargs: Mapping) -> tuple[Position, ...]:
     )
 
 
-_LOOK_UPS = ("embedding", "embedding_bag", "getitem", "index_select", "gather", "take")
+_EMBEDDINGS = ("embedding", "embedding_bag")
+_LOOK_UPS = (*_EMBEDDINGS, "getitem", "index_select", "gather", "take")
 _REARRANGING = words(
     "CloneBackward ViewBackward UnsafeViewBackward ReshapeAliasBackward PermuteBackward TransposeBackward TBackward "
     "UnsqueezeBackward SqueezeBackward ExpandBackward SliceBackward SelectBackward AliasBackward SplitBackward "
     "SplitWithSizesBackward UnbindBackward UnfoldBackward IndexBackward IndexSelectBackward GatherBackward FlipBackward "
-    "RollBackward AsStridedBackward ToCopyBackward DiagonalBackward NarrowBackward ConstantPadNdBackward RepeatBackward "
+    "RollBackward AsStridedBackward ToCopyBackward DiagonalBackward NarrowBackward RepeatBackward "
     "UnsafeSplitBackward UnsafeSplitWithSizesBackward MovedimBackward ContiguousBackward"
 )
 _POOLING = words("MaxPool AvgPool Dropout MeanBackward AdaptiveMaxPool AdaptiveAvgPool MaxBackward AmaxBackward")
@@ -460,7 +502,10 @@ _ACTIVATION_NODES = (
 
 def _source(node: Any, passing: frozenset[str] = _REARRANGING) -> Any:
     """The node of the autograd graph below one, past those whose name starts with one of `passing`."""
-    while node is not None and _node_name(node).startswith(tuple(passing)):
+    while node is not None and _node_name(node).startswith(("CopyBackwards", *passing)):
+        if _node_name(node).startswith("CopyBackwards"):
+            node = node.next_functions[-1][0]  # an operation in place: what was copied, not where it was copied to
+            continue
         following = [n for n, _ in node.next_functions if n is not None]
         if len(following) != 1:
             break
@@ -472,11 +517,11 @@ def _is_nonnegative(tensor: Tensor) -> bool:
     return _node_name(_source(tensor.grad_fn, _REARRANGING | _POOLING)).startswith(tuple(_NONNEGATIVE))
 
 
-def _gates(operation: Operation) -> tuple[Position, ...]:
+def _gates(operation: Operation, activated: set[Any]) -> tuple[Position, ...]:
     """Which factors are gates: those that come out of a sigmoid, otherwise out of any activation."""
-    made_by = {p: _node_name(_source(t.grad_fn)) for p in operation.active for t in (operation.argument(p),)}
-    for names in (("Sigmoid",), _ACTIVATION_NODES):
-        gates = tuple(p for p, name in made_by.items() if name.startswith(names))
+    made_by = {p: _source(t.grad_fn) for p in operation.active for t in (operation.argument(p),)}
+    for names, nodes in ((("Sigmoid",), set()), (_ACTIVATION_NODES, activated)):
+        gates = tuple(p for p, node in made_by.items() if node in nodes or _node_name(node).startswith(names))
         if gates:
             return gates if len(gates) < len(operation.active) else ()
     return ()

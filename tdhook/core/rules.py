@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import RuleError, did_you_mean
-from .kinds import GROUPS, Position, bias_position, known_operations, weight_position
+from .kinds import GROUPS, Position, bias_position, known_operations, plain_name, weight_position
 from .sites import SiteLike
 from .structure import describe
 
@@ -177,11 +177,14 @@ class Entry:
     def __post_init__(self) -> None:
         if not isinstance(self.rule, Rule):
             raise RuleError(f"{describe(self.rule)} is no rule; give one of tdhook.attribution.rules, or a subclass of Rule.")
+        if self.operations is not None:
+            object.__setattr__(self, "operations", frozenset(map(plain_name, self.operations)))
         for name in self.operations or ():
             if name not in GROUPS and name not in known_operations():
                 raise RuleError(
                     f"unknown operation {name!r}; groups are {', '.join(GROUPS)}, and an operation has the name that "
-                    "tdhook.trace shows." + did_you_mean(name, (*GROUPS, *known_operations()))
+                    f"tdhook.trace shows; a module is meant by on('*', rule, sites={name!r})."
+                    + did_you_mean(name, (*GROUPS, *known_operations()))
                 )
             groups = type(self.rule).groups
             if groups is not None and name in GROUPS and name not in groups:
@@ -253,11 +256,11 @@ class Rules:
         return "\n".join(("Rules(", *lines, ")"))
 
 
-def on(where: str | Sequence[str], rule: Rule, **conditions: Any) -> Entry:
+def on(operations: str | Sequence[str], rule: Rule, /, **conditions: Any) -> Entry:
     """A line of a table: names or groups of operations, or a pattern of sites, and their rule.
 
     Args:
-        where: operation names and groups (`"linear"`, `("conv2d", "linear")`), or one pattern of sites (`"h.*.mlp.act"`,
+        operations: names and groups (`"linear"`, `("conv2d", "linear")`), or one pattern of sites (`"h.*.mlp.act"`,
             `"**/softmax@*"`).
         rule: what they get.
         **conditions: of `Entry`: `sites`, `where`, `first`.
@@ -270,7 +273,7 @@ def on(where: str | Sequence[str], rule: Rule, **conditions: Any) -> Entry:
         >>> on("linear", Epsilon(), sites="features.*").first
         False
     """
-    names = (where,) if isinstance(where, str) else tuple(where)
+    names = (operations,) if isinstance(operations, str) else tuple(operations)
     if len(names) == 1 and "sites" not in conditions and not _is_operation(names[0]):
         return Entry(rule, None, names[0], **conditions)
     return Entry(rule, frozenset(names) if names != ("*",) else None, **conditions)

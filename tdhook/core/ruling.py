@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .compat import grad_depth, is_compiling
 from .decompositions import DECOMPOSITIONS
+from .derivatives import Freezer
 from .errors import GradientError
 from .functional import Execution, FunctionalModel
 from .operations import OperationMode
 from .planning import Key, Plan, Planned, check_sites, is_decomposed, make_plan, planned_at
+from .reading import Reader
 from .rules import Operation, Rule, Rules
 from .scope import Frame, Ruler
+from .sites import Want
+from .structure import put_in, tensors
 from .transforms import Transform, require_sites
+from .writing import Writer
 
 
 class _Enforcer(Ruler):
@@ -29,6 +36,7 @@ class _Enforcer(Ruler):
         references: what rules kept of a run on a baseline.
         constants: what was a constant of the derivative in a run before, to be taken from there.
         probe: scales the operands and the result of an operation by 1 + 0, to tell what relevance goes in and out.
+        written: values are written from outside, so that what comes out of a ReLU may be negative when it is read.
     """
 
     def __init__(
@@ -38,10 +46,11 @@ class _Enforcer(Ruler):
         references: Mapping | None = None,
         constants: Mapping | None = None,
         probe: Probe | None = None,
+        written: bool = False,
     ):
         super().__init__()
         self.rules, self.plan = rules, plan
-        self.references, self.constants, self.probe = references, constants, probe
+        self.references, self.constants, self.probe, self.written = references, constants, probe, written
         self.numbers: dict[tuple, int] = {}
 
     def operation(self, frame: Frame, path: str, op: str, function: Callable, in_place: bool) -> Callable:
@@ -59,8 +68,13 @@ class _Enforcer(Ruler):
         if planned is None or (planned.line is None and self.probe is None):
             return forward
 
+        times = 0
+
         def inside(*args: Any, **kwargs: Any) -> Any:
-            paused, frame.paused = frame.paused, True
+            nonlocal times
+            times += 1
+            # Sites inside are seen once, however often a rule evaluates the module.
+            paused, frame.paused = frame.paused, frame.paused or times > 1
             try:
                 return forward(module, *args, **kwargs)
             finally:
@@ -71,7 +85,10 @@ class _Enforcer(Ruler):
 
     def _ruled(self, key: Key, planned: Planned, function: Callable, in_place: bool) -> Callable:
         rule = None if planned.line is None else self.rules.entries[planned.line].rule
-        probe = self.probe
+        # What a value that does not go on (or is a constant for what follows) is worth is counted where it is used. A view
+        # absorbs nothing, and has to stay one.
+        probed = planned.live and not (planned.alias if rule is None else rule.stops)
+        probe = self.probe if probed else None
         if rule is None and probe is None:
             return function
         call = out_of_place(function) if in_place else function
@@ -80,13 +97,14 @@ class _Enforcer(Ruler):
             if probe is not None:
                 args, kwargs = probe.operands(planned, args, kwargs)
             output = call(*args, **kwargs) if rule is None else self._apply(rule, key, planned, call, args, kwargs)
-            return output if probe is None else probe.result(planned, output)
+            return output if probe is None else probe.result(planned, output, rule is None, args)
 
         return run
 
     def _apply(self, rule: Rule, key: Key, planned: Planned, call: Callable, args: tuple, kwargs: dict) -> Any:
         reference = None if self.references is None else self.references.get(key)
-        return rule(_running(planned, call, args, kwargs, reference, self._constant(key, planned)))
+        operation = _running(planned, call, args, kwargs, reference, self._constant(key, planned))
+        return rule(replace(operation, nonnegative=False) if self.written else operation)
 
     def _constant(self, key: Key, planned: Planned) -> Callable[[Tensor], Tensor]:
         if self.constants is not None:
@@ -162,28 +180,53 @@ def _next_of(values: list[Tensor]) -> Callable[[Tensor], Tensor]:
 class Probe:
     """Tells how much relevance enters and leaves each operation: the gradient with respect to scales of 1 + 0.
 
+    Where the cotangent is the relevance itself (see `Rule.absolute`), 0 is added instead.
+
     Attributes:
         operands_by, result_by: Tensor [N] of zeros, one for each planned operation.
+        output_by: Tensor [] of zero, for the output of the model.
     """
 
     operands_by: Tensor
     result_by: Tensor
+    output_by: Tensor
 
     def operands(self, planned: Planned, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        scale = 1 + self.operands_by[planned.number]
+        by = self.operands_by[planned.number]
+        numbers = itertools.count()
+
+        def moved(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or next(numbers) in planned.still:
+                return leaf
+            return _moved(leaf, by, planned.absolute)
+
         bound: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         for position in planned.active:
-            bound[position] = _scaled(bound[position], scale)
+            if planned.name == "setitem" and position == 0:
+                args[0].copy_(moved(args[0].clone()))  # it goes on as this very tensor
+            else:
+                bound[position] = pytree.tree_map(moved, bound[position])
         return tuple(bound[i] for i in range(len(args))), {name: bound[name] for name in kwargs}
 
-    def result(self, planned: Planned, output: Any) -> Any:
-        return _scaled(output, 1 + self.result_by[planned.number])
+    def result(self, planned: Planned, output: Any, unruled: bool, args: tuple) -> Any:
+        by = self.result_by[planned.number]
+        if planned.name == "setitem":
+            args[0].copy_(_moved(args[0].clone(), by, planned.absolute))
+            return output
+        return pytree.tree_map(lambda leaf: _moved(leaf, by, planned.absolute and unruled), output)
+
+    def output(self, output: Any) -> Any:
+        for keys, tensor in tensors(output):
+            output = put_in(output, keys, _moved(tensor, self.output_by, False))
+        return output
 
 
-def _scaled(value: Any, scale: Tensor) -> Any:
-    if isinstance(value, Tensor):
-        return value * scale.to(value.dtype) if value.is_floating_point() else value
-    return type(value)(_scaled(v, scale) for v in value) if type(value) in (tuple, list) else value
+def _moved(value: Any, by: Tensor, absolute: bool) -> Any:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    by = by.to(value.dtype)
+    # The scores of a mask are -inf, and nothing flows through them.
+    return value + (by if absolute else torch.where(value.isfinite(), value, torch.zeros_like(value)) * by)
 
 
 def out_of_place(function: Callable) -> Callable:
@@ -217,6 +260,7 @@ class Ruled(Transform):
     rules: Rules
     references: Mapping | None = None
     constants: Mapping | None = None
+    probe: Probe | None = None
 
     edits_backward: ClassVar[bool] = True
 
@@ -231,16 +275,19 @@ class Ruled(Transform):
         if any(isinstance(handler, Ruler) for handler in execution.handlers):
             return self.inner._run(params, inputs, extra, execution)  # an outer one has these rules, too
         plan = self.plan(params, inputs, extra, execution)
-        enforcer = _Enforcer(self.rules, plan, self.references, self.constants)
-        return self._run_with(enforcer, params, inputs, extra, execution)
+        written = not all(isinstance(handler, (Freezer, Reader)) for handler in execution.handlers)
+        enforcer = _Enforcer(self.rules, plan, self.references, self.constants, self.probe, written)
+        output = self._run_with(enforcer, params, inputs, extra, execution)
+        return output if self.probe is None else self.probe.output(output)
 
     def _run_with(self, ruler: Ruler, params: Any, inputs: Any, extra: tuple, execution: Execution) -> Any:
         return self.inner._run(params, inputs, extra, execution.within(ruler))
 
-    def on_baseline(self, params: Any, baselines: Any) -> Ruled:
-        """The same with what its rules want to know of a run on a baseline."""
+    def on_baseline(self, params: Any, baselines: Any, writes: Mapping[Want, Tensor] | None = None) -> Ruled:
+        """The same with what its rules want to know of a run on a baseline, or with values written at sites."""
         keeper = _Keeper(self.rules, self.plan(params, baselines))
-        self._run_with(keeper, params, baselines, (), Execution())
+        writers = (Writer(tuple(writes), writes),) if writes else ()
+        self._run_with(keeper, params, baselines, (), Execution(writers))
         return replace(self, references=keeper.kept)
 
     def differentiable(self, params: Any, inputs: Any) -> Ruled:
@@ -249,10 +296,9 @@ class Ruled(Transform):
         self._run_with(keeper, params, inputs, (), Execution())
         return replace(self, constants=keeper.kept)
 
-    def probed(self, params: Any, inputs: Any, probe: Probe) -> Any:
-        """The output, with probes at all operations."""
-        enforcer = _Enforcer(self.rules, self.plan(params, inputs), self.references, self.constants, probe)
-        return self._run_with(enforcer, params, inputs, (), Execution())
+    def probed(self, probe: Probe) -> Ruled:
+        """The same with probes at all operations."""
+        return replace(self, probe=probe)
 
     def __repr__(self) -> str:
         return f"with_rules({self.inner!r}, {len(self.rules.entries)} rules)"

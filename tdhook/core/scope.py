@@ -216,7 +216,7 @@ class Frame:
             finally:
                 self.paused = paused
             if new is not tensor:
-                value = _put(value, place, new)
+                value = structure.put_in(value, place, new)
         return value
 
 
@@ -254,12 +254,6 @@ def _at(want: Want, keys: tuple, value: Any) -> Tensor | None:
     if want.exact:
         _raise_not_a_tensor(want, value)
     return None
-
-
-def _put(value: Any, keys: tuple, new: Any) -> Any:
-    if not keys:
-        return new
-    return structure.put(value, keys[0], _put(structure.get(value, keys[0]), keys[1:], new))
 
 
 def _raise_not_a_tensor(want: Want, value: Any) -> None:

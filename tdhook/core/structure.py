@@ -69,6 +69,11 @@ def put(value: Any, key: int | str, new: Any) -> Any:
     return edited
 
 
+def put_in(value: Any, keys: tuple, new: Any) -> Any:
+    """A copy of `value` with the element that `keys` lead to replaced."""
+    return put(value, keys[0], put_in(get(value, keys[0]), keys[1:], new)) if keys else new
+
+
 def entries(value: Any) -> Iterator[tuple[int | str, Any]]:
     """The (key, element) pairs one level down; none for a tensor or a plain object."""
     if isinstance(value, Tensor):

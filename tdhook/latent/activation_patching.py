@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from tensordict import tensorclass
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from ..core.batching import vmap_or_loop
-from ..core.checks import require_positive, warn_if_stochastic
-from ..core.compat import is_compiling, is_wrapped
-from ..core.errors import InputError, SiteError, TargetError
+from ..core.errors import InputError
 from ..core.functional import FunctionalModel
 from ..core.progress import Progress
-from ..core.reading import Capture
-from ..core.replay import Tape
-from ..core.sites import Tree, Want
-from ..core.structure import describe
-from ..core.transforms import Sites, require_sites
-
-DIRECTIONS = ("denoise", "noise")
+from .concepts.directions import visible
+from .patches import Axis, Indices, Where, as_axes, same_grids, sweep, views, wants_of
+from .runs import check_runs, two_runs
+from .subspaces import Subspace, subspace_at
 
 
 @tensorclass
@@ -30,7 +23,8 @@ class Patching:
     """The metric of every patch, and of the two runs.
 
     Attributes:
-        patched: Tensor [S, P, *M] for S sites, P positions and a metric of shape M ([] or [B]); [S, *M] for whole sites.
+        patched: Tensor [S, P, *M] for S sites, P positions and a metric of shape M ([] or [B]); [S, *M] for whole sites,
+            [S, P, Q, *M] for two axes.
         clean, corrupted: Tensor [*M], the metric of the unpatched runs.
     """
 
@@ -40,8 +34,23 @@ class Patching:
 
     @property
     def normalized(self) -> Tensor:
-        """`(patched - corrupted) / (clean - corrupted)`: 0 is the corrupted run, 1 the clean one."""
-        return (self.patched - self.corrupted) / (self.clean - self.corrupted)
+        """`(patched - corrupted) / (clean - corrupted)`: 0 is the corrupted run, 1 the clean one.
+
+        Raises `InputError` where the two runs have the same metric, so that there is nothing to restore.
+        """
+        return restored(self.patched, self.clean, self.corrupted)
+
+
+def restored(patched: Tensor, clean: Tensor, corrupted: Tensor) -> Tensor:
+    """`(patched - corrupted) / (clean - corrupted)`; raises `InputError` where that would divide by zero."""
+    gap = clean - corrupted
+    if visible(gap) and bool((gap == 0).any()):
+        where = "" if gap.ndim == 0 else f" of example {int((gap == 0).nonzero()[0])}"
+        raise InputError(
+            f"the clean and the corrupted run{where} have the same metric, so that no fraction of the difference can be given; "
+            "choose inputs or a metric that tell them apart, or look at patched as it is."
+        )
+    return (patched - corrupted) / gap
 
 
 def activation_patching(
@@ -51,9 +60,10 @@ def activation_patching(
     corrupted: Any,
     metric: Callable[[Any], Tensor],
     *,
-    sites: Sites,
-    positions: Sequence[int] | None = None,
-    axis: int | None = 1,
+    sites: Where,
+    positions: Indices = None,
+    axis: Axis = 1,
+    subspaces: Subspace | Tensor | Mapping[str, Subspace | Tensor] | None = None,
     direction: str = "denoise",
     chunk_size: int | None = None,
     progress: Progress | None = None,
@@ -69,9 +79,14 @@ def activation_patching(
         clean, corrupted: two inputs of the same structure and shapes.
         metric: function of the output to a tensor [] or [B].
         sites: addresses; patterns stand for all modules that they match, in registration order (`tdhook.expand` lists them).
-        positions: indices along `axis` to patch one by one; None for all.
-        axis: axis of the values at the sites that `positions` count: 1 for the tokens of [B, L, D]. The heads of an attention
-            operation [B, H, L, D] are `axis=1` too. None patches the whole value at once.
+            A `HeadLayout` of `tdhook.latent.names`, such as `names.head_output[3]`, stands for the heads at its site, as a
+            value [..., heads, size]: `sites=names.head_output, axis=-2` patches every head of every layer.
+        positions: indices along `axis` to patch one by one; None for all. For several axes a sequence with one such for each.
+        axis: axis of the values at the sites that `positions` count: 1 for the tokens of [B, L, D], -1 for neurons. The heads
+            of an attention operation [B, H, L, D] are `axis=1` too. Several, such as (1, 2), for all combinations: one head at
+            one token. None patches the whole value at once.
+        subspaces: what of the last axis is patched: a `Subspace`, or directions [K, D] that span one; for all sites or by site.
+            None for all of it.
         direction: `"denoise"` or `"noise"`.
         chunk_size: how many patches of one site run at once; None for all. It bounds memory and does not change the result.
         progress: called as `progress(done, total)` at the start and after every site; see `tdhook.tqdm_progress`.
@@ -80,7 +95,8 @@ def activation_patching(
         `Patching` with `patched`, `clean`, `corrupted`, and `normalized`.
 
     Raises:
-        InputError: inputs that do not align, an unknown direction, positions or axis out of range. SiteError: as `capture`.
+        InputError: inputs that do not align (token by token, padding too), an unknown direction, positions or axis out of
+            range, a subspace of another size. SiteError: as `capture`.
         TargetError: a metric of another shape. Warns for a model in train mode.
 
     Cost: two forward passes, and for each site one vmapped pass over its positions that runs only what lies after the site: for
@@ -100,123 +116,23 @@ def activation_patching(
         >>> torch.allclose(result.patched[0], params["2", "weight"][0])
         True
     """
-    require_sites(f)
-    if direction not in DIRECTIONS:
-        raise InputError(
-            f"direction={direction!r} is unknown; choose 'denoise' (clean into corrupted) or 'noise' (the reverse)."
-        )
-    require_positive("chunk_size", chunk_size, optional=True)
-    _require_aligned(clean, corrupted)
-    warn_if_stochastic(f, "activation_patching")
-    wants = _one_value_each(f.tree, sites)
-
-    source_inputs, base_inputs = (clean, corrupted) if direction == "denoise" else (corrupted, clean)
-    source_output, source = Capture(f, wants)(params, source_inputs)
-    source_metric = _measured(metric, source_output)
-    base = Tape(f, params, base_inputs, wants)
-    base_metric = _measured(metric, base.output)
-    places = [_places(want, base.values[want], positions, axis) for want in wants]
-    if len({len(p) for p in places}) > 1:
-        raise InputError(
-            "positions=None needs the same length along axis at all sites; give positions, or call once per group."
-        )
+    seen, axes = views(f, sites), as_axes(axis)
+    check_runs("activation_patching", f, clean, corrupted, direction, chunk_size)
+    runs = two_runs(f, params, clean, corrupted, metric, wants_of(seen), direction)
+    grids = same_grids(seen, runs.base.values, axes, positions)
+    sources = []
+    for view in seen:
+        source, there = view.of(runs.source[view.want]), view.of(runs.base.values[view.want])
+        space = subspace_at(subspaces, view.name, there)
+        sources.append(source if space is None else space.exchange(there, source))
 
     if progress is not None:
-        progress(0, len(wants))
+        progress(0, len(seen))
     rows = []
-    for done, (want, place) in enumerate(zip(wants, places), start=1):
-        rows.append(_patch_site(base, metric, base_metric, want, source[str(want.site)], place, axis, chunk_size))
+    for done, (view, source, lists) in enumerate(zip(seen, sources, grids), start=1):
+        rows.append(sweep(runs.base, metric, runs.base_metric, [(view, source)], axes, lists, chunk_size))
         if progress is not None:
-            progress(done, len(wants))
-    clean_metric, corrupted_metric = (source_metric, base_metric) if direction == "denoise" else (base_metric, source_metric)
-    patched = torch.stack(rows)
-    return Patching(patched=patched, clean=clean_metric, corrupted=corrupted_metric, batch_size=[])  # type: ignore[call-arg]
-
-
-@torch.compiler.assume_constant_result
-def _one_value_each(tree: Tree, sites: Sites) -> tuple[Want, ...]:
-    """The sites resolved, where patterns over modules stand for all that they match."""
-    wants = tuple(Want(want.site, str(want.site), exact=True) for want in tree.resolve(sites))
-    for want in wants:
-        if want.site.op == "*" or want.site.call == "*":
-            raise SiteError(f"sites has {want.request!r}, which stands for several values; list them, as tdhook.trace does.")
-    return wants
-
-
-def _require_aligned(clean: Any, corrupted: Any) -> None:
-    first, second = pytree.tree_flatten(clean)[0], pytree.tree_flatten(corrupted)[0]
-    if len(first) != len(second):
-        raise InputError(
-            f"clean is {describe(clean)} but corrupted is {describe(corrupted)}; give inputs of the same structure."
-        )
-    for a, b in zip(first, second):
-        if isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape != b.shape or a.dtype != b.dtype):
-            raise InputError(
-                f"clean holds {describe(a)} but corrupted {describe(b)}; patching needs aligned inputs, token by token, so "
-                "choose prompts of the same length."
-            )
-
-
-def _measured(metric: Callable[[Any], Tensor], output: Any) -> Tensor:
-    value = metric(output)
-    if not isinstance(value, Tensor) or value.ndim > 1 or not value.is_floating_point():
-        raise TargetError(f"metric returned {describe(value)}; return a floating-point tensor of shape [] or [B].")
-    return value
-
-
-def _places(want: Want, value: Tensor, positions: Sequence[int] | None, axis: int | None) -> list[int]:
-    """The positions to patch at a site, counted from 0."""
-    if axis is None:
-        if positions is not None:
-            raise InputError(f"positions={positions!r} count along an axis; give axis too.")
-        return [0]
-    if not -value.ndim <= axis < value.ndim:
-        raise InputError(f"axis={axis} is out of range at {str(want.site)!r}, which holds {describe(value)}.")
-    length = value.shape[axis]
-    if positions is None:
-        return list(range(length))
-    if not len(positions):
-        raise InputError("positions is empty; give at least one, or None for all.")
-    for position in positions:
-        if not -length <= position < length:
-            raise InputError(f"positions has {position}, out of range for {length} positions at {str(want.site)!r}.")
-    return [position % length for position in positions]
-
-
-def _patch_site(
-    base: Tape,
-    metric: Callable[[Any], Tensor],
-    base_metric: Tensor,
-    want: Want,
-    source: Tensor,
-    places: list[int],
-    axis: int | None,
-    chunk_size: int | None,
-) -> Tensor:
-    """The metric of each patch at one site: [P, *M], or [*M] for the whole site."""
-    if axis is None:
-        return metric(base.resume({want: source}))
-    indices = torch.arange(source.shape[axis], device=source.device)
-    indices = indices.reshape(-1, *[1] * (source.ndim - 1 - axis % source.ndim))
-
-    def patched(place: Tensor) -> Tensor:
-        return metric(base.resume({want: lambda value: torch.where(indices == place, source, value)}))
-
-    run = _that_change_something(base.values[want], source, places, axis)
-    if not run:
-        return base_metric.expand(len(places), *base_metric.shape)
-    at = torch.tensor([places[i] for i in run], device=source.device)
-    values = vmap_or_loop(patched, at, chunk_size)
-    if len(run) == len(places):
-        return values
-    everything = base_metric.expand(len(places), *base_metric.shape).clone()
-    everything[torch.tensor(run)] = values
-    return everything
-
-
-def _that_change_something(value: Tensor, source: Tensor, places: list[int], axis: int) -> list[int]:
-    """Which patches differ from what is there. All of them where values cannot be looked at or carry derivatives."""
-    if is_compiling() or any(t.requires_grad or t.is_meta or is_wrapped(t) for t in (value, source)):
-        return list(range(len(places)))
-    differs = (value != source).movedim(axis, 0).flatten(1).any(1).tolist()
-    return [i for i, place in enumerate(places) if differs[place]]
+            progress(done, len(seen))
+    return Patching(  # type: ignore[call-arg]
+        patched=torch.stack(rows), clean=runs.clean_metric, corrupted=runs.corrupted_metric, batch_size=[]
+    )

@@ -8,6 +8,7 @@ what a cell returns. `tokens_html` and `tokens_terminal` return strings and need
 from .curves import curves
 from .galleries import heat_map_gallery
 from .images import heat_map_over_image, heat_maps_over_image
+from .matrices import matrix_map
 from .sites import site_position_map, site_position_maps
 from .tokens import token_matrix, tokens_html, tokens_terminal
 
@@ -16,6 +17,7 @@ __all__ = [
     "heat_map_gallery",
     "heat_map_over_image",
     "heat_maps_over_image",
+    "matrix_map",
     "site_position_map",
     "site_position_maps",
     "token_matrix",

@@ -1,0 +1,332 @@
+"""Attribution patching: activation patching to first order, all sites in one backward pass, or along a line of points."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from tensordict import tensorclass
+from torch import Tensor
+from torch.func import grad
+
+from ..core.batching import chunks, vmap_or_loop
+from ..core.checks import require_gradients
+from ..core.errors import InputError, SiteError
+from ..core.functional import FunctionalModel
+from ..core.quadrature import quadrature_rule
+from ..core.replay import Tape
+from ..core.sites import SiteLike, Want
+from ..core.structure import describe
+from ..core.transforms import exact_wants
+from .patches import Axis, Indices, Metric, View, Where, as_axes, at_each_place, same_grids, views, wants_of, writes
+from .runs import Runs, check_runs, two_runs
+
+Edit = Callable[[Tensor], Tensor]
+Grids = Sequence[Sequence[Sequence[int]]]
+
+
+@tensorclass
+class AttributionPatching:
+    """Estimated effects of patches.
+
+    Attributes:
+        effects: Tensor [S, P, *M]: an estimate of `patched - base` of `activation_patching`, where the base is the corrupted
+            run to denoise and the clean one to noise. [S, *M] for whole sites, [S, P, Q, *M] for two axes.
+        exact: bool Tensor [S, P]: which of them were measured.
+        clean, corrupted: Tensor [*M], the metric of the two runs.
+    """
+
+    effects: Tensor
+    exact: Tensor
+    clean: Tensor
+    corrupted: Tensor
+
+
+def attribution_patching(
+    f: FunctionalModel,
+    params: Any,
+    clean: Any,
+    corrupted: Any,
+    metric: Metric,
+    *,
+    sites: Where,
+    positions: Indices = None,
+    axis: Axis = 1,
+    direction: str = "denoise",
+    exact: int = 0,
+    chunk_size: int | None = None,
+) -> AttributionPatching:
+    """`activation_patching` to first order, for all sites at once.
+
+        denoise: effect[s, p] = < a_s[p] (clean) - a_s[p] (corrupted),  d metric / d a_s[p] (corrupted) >
+        noise:   effect[s, p] = < a_s[p] (corrupted) - a_s[p] (clean),  d metric / d a_s[p] (clean) >
+
+    With another backward it is another method: `f = with_rules(f, relp())` gives RelP.
+
+    Args:
+        f: functional model.
+        params: its parameters.
+        clean, corrupted: two inputs of the same structure and shapes.
+        metric: function of the output to a tensor [] or [B]. With [B] each example is taken to depend on itself alone, and the
+            first axis of the values to be that of the examples.
+        sites: as for `activation_patching`.
+        positions: as for `activation_patching`.
+        axis: as for `activation_patching`.
+        direction: `"denoise"` or `"noise"`: which run is patched, and where the gradient is taken.
+        exact: how many of the largest effects (in absolute value, averaged over examples) are measured by a patch each.
+        chunk_size: how many of these patches of one site run at once; None for all.
+
+    Returns:
+        `AttributionPatching`: `effects` have the sign of `patched - base`.
+
+    Raises:
+        as `activation_patching`. GradientError: grad mode is off. InputError: an axis of examples with a metric [B].
+
+    Cost: three forward passes, of which the third begins at the first site, and one backward pass; and `exact` patches.
+
+    Source: Nanda, "Attribution Patching" (2023); for RelP Rezaei Jafari et al. (2025).
+
+    Examples:
+        >>> model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Flatten(), torch.nn.Linear(3, 1, bias=False))
+        >>> f, params = tdhook.functionalize(model)
+        >>> run = (f, params, torch.ones(1, 3), torch.zeros(1, 3), lambda out: out.sum())
+        >>> torch.allclose(attribution_patching(*run, sites="0").effects[0], params["2", "weight"][0])
+        True
+    """
+    seen, axes = checked("attribution_patching", f, sites, clean, corrupted, axis, direction, chunk_size)
+    require_count(exact)
+    runs = two_runs(f, params, clean, corrupted, metric, wants_of(seen), direction)
+    grids = same_grids(seen, runs.base.values, axes, positions)
+    gradients = site_gradients(runs.base, metric, wants_of(seen))
+    rows = [
+        contracted(view, difference(runs, view) * view.of(gradients[view.want]), axes, lists, runs.base_metric.ndim)
+        for view, lists in zip(seen, grids)
+    ]
+    return measure_largest(runs, metric, seen, torch.stack(rows), axes, grids, exact, chunk_size)
+
+
+def integrated_gradient_patching(
+    f: FunctionalModel,
+    params: Any,
+    clean: Any,
+    corrupted: Any,
+    metric: Metric,
+    *,
+    sites: Where,
+    along: SiteLike | None = None,
+    positions: Indices = None,
+    axis: Axis = 1,
+    direction: str = "denoise",
+    steps: int = 8,
+    quadrature: str = "gauss_legendre",
+    exact: int = 0,
+    chunk_size: int | None = None,
+) -> AttributionPatching:
+    """`attribution_patching` with the gradient averaged over a line between the two runs.
+
+        effect[s, p] = < D_s[p],  integral_0^1  d metric / d a_s[p]  at  f(base; do(a_s <- a_s(base) + t D_s))  dt >
+        D_s = a_s(source) - a_s(base)
+
+    The effects of all places of a site then sum to the effect of patching the whole site. With `along` the line is that of the
+    values of one early site (the embedding), for all sites at once.
+
+    Args:
+        f: functional model.
+        params: its parameters.
+        clean, corrupted: as for `attribution_patching`.
+        metric: as for `attribution_patching`.
+        sites: as for `attribution_patching`.
+        along: None for a line at each site by itself; or one site before all others, whose values move.
+        positions: as for `activation_patching`.
+        axis: as for `activation_patching`.
+        direction: as for `attribution_patching`; t runs from the run that is patched to the other one.
+        steps: nodes of the quadrature, m.
+        quadrature: see `tdhook.core.quadrature`. EAP-IG takes `"riemann_left"` or `"riemann_right"`, depending on the variant.
+        exact: as for `attribution_patching`.
+        chunk_size: how many nodes, and how many exact patches of one site, run at once; None for all.
+
+    Returns:
+        `AttributionPatching`.
+
+    Raises:
+        as `attribution_patching`; an unknown quadrature.
+
+    Cost: two forward passes, and for each site `steps` forward and backward passes of what comes after it; with `along`
+    `steps` forward and backward passes in all.
+
+    Source: Hanna et al., "Have Faith in Faithfulness" (2024); Marks et al., "Sparse Feature Circuits" (2024).
+
+    Examples:
+        >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Identity(), torch.nn.ReLU()))
+        >>> run = (f, params, torch.tensor([[3.0]]), torch.tensor([[-1.0]]), lambda out: out.sum())
+        >>> integrated_gradient_patching(*run, sites="0", steps=40, quadrature="midpoint").effects
+        tensor([[3.]])
+    """
+    seen, axes = checked("integrated_gradient_patching", f, sites, clean, corrupted, axis, direction, chunk_size)
+    require_count(exact)
+    nodes, weights = quadrature_rule(quadrature, steps)
+    lane = None if along is None else exact_wants(f, along, "along")[0]
+    wants = wants_of(seen) if lane is None else tuple(dict.fromkeys((lane, *wants_of(seen))))
+    runs = two_runs(f, params, clean, corrupted, metric, wants, direction)
+    grids = same_grids(seen, runs.base.values, axes, positions)
+
+    def mean_gradients(moved: Want, shift: Tensor, at: tuple[Want, ...]) -> dict[Want, Tensor]:
+        """The gradients at sites, averaged while the value at one site goes from the base by `shift`."""
+
+        def gradients(node: Tensor) -> list[Tensor]:
+            found = site_gradients(runs.base, metric, at, {moved: lambda value: runs.base.values[moved] + node * shift})
+            return [found[want] for want in at]
+
+        sums = [torch.zeros_like(runs.base.values[want]) for want in at]
+        points, scale = (torch.tensor(each, dtype=shift.dtype, device=shift.device) for each in (nodes, weights))
+        for part in chunks(steps, chunk_size):
+            several = vmap_or_loop(gradients, points[part])
+            sums = [total + torch.tensordot(scale[part], each, 1) for total, each in zip(sums, several)]
+        return dict(zip(at, sums))
+
+    rows = []
+    joint = {} if lane is None else mean_gradients(lane, runs.source[lane] - runs.base.values[lane], wants_of(seen))
+    for view, lists in zip(seen, grids):
+        there = runs.base.values[view.want]
+        if lane is None:
+            shift = view.within(there, view.of(runs.source[view.want])) - there
+            gradient = mean_gradients(view.want, shift, (view.want,))[view.want]
+        else:
+            gradient = joint[view.want]
+        rows.append(contracted(view, difference(runs, view) * view.of(gradient), axes, lists, runs.base_metric.ndim))
+    return measure_largest(runs, metric, seen, torch.stack(rows), axes, grids, exact, chunk_size)
+
+
+def checked(
+    method: str, f: Any, sites: Where, clean: Any, corrupted: Any, axis: Axis, direction: str, chunk_size: int | None
+) -> tuple[tuple[View, ...], tuple[int, ...]]:
+    require_gradients(method)
+    seen, axes = views(f, sites), as_axes(axis)
+    check_runs(method, f, clean, corrupted, direction, chunk_size)
+    return seen, axes
+
+
+def require_count(exact: Any) -> None:
+    if not isinstance(exact, int) or isinstance(exact, bool) or exact < 0:
+        raise InputError(f"exact is how many effects to measure, got {describe(exact)}; give 0 or more.")
+
+
+def site_gradients(
+    base: Tape,
+    metric: Metric,
+    wants: tuple[Want, ...],
+    before: Mapping[Want, Edit] | None = None,
+    after: Mapping[Want, Edit] | None = None,
+) -> dict[Want, Tensor]:
+    """The gradient of the metric, summed over examples, at every site, in one backward pass.
+
+    Args:
+        base: a run that has the sites.
+        metric: to differentiate.
+        wants: the sites.
+        before: for some sites of the run an edit of the value; the gradient is taken behind it.
+        after: for some sites an edit of what goes on from there; the gradient is taken before it.
+    """
+    before, after = before or {}, after or {}
+
+    def total(shifts: list[Tensor]) -> Tensor:
+        added = dict(zip(wants, shifts))
+        table = {
+            want: _shifting(before.get(want), added.get(want), after.get(want))
+            for want in dict.fromkeys((*wants, *before, *after))
+        }
+        return metric(base.resume(table)).sum()
+
+    return dict(zip(wants, grad(total)([torch.zeros_like(base.values[want]) for want in wants])))
+
+
+def _shifting(before: Edit | None, shift: Tensor | None, after: Edit | None) -> Edit:
+    def write(value: Tensor) -> Tensor:
+        value = value if before is None else before(value)
+        value = value if shift is None else value + shift
+        return value if after is None else after(value)
+
+    return write
+
+
+def difference(runs: Runs, view: View) -> Tensor:
+    """What a patch adds: the value of the source run minus that of the base."""
+    return view.of(runs.source[view.want]) - view.of(runs.base.values[view.want])
+
+
+def contracted(view: View, product: Tensor, axes: tuple[int, ...], lists: Sequence[Sequence[int]], metric_ndim: int) -> Tensor:
+    """A product of differences and gradients summed over all but the places and, for a metric [B], the examples: [*P, *M]."""
+    counted = [axis % product.ndim for axis in axes]
+    if metric_ndim:
+        if 0 in counted:
+            raise InputError("axis=0 is that of the examples, for each of which the metric gives a number; take another axis.")
+        if product.ndim == 0:
+            raise SiteError(f"site {view.name!r} holds one number for all examples; give a metric that is one number too.")
+    kept = [*counted, *[0] * metric_ndim]
+    rest = [axis for axis in range(product.ndim) if axis not in kept]
+    product = product.permute(*kept, *rest)
+    scores = product.reshape(*product.shape[: len(kept)], -1).sum(-1)
+    for axis, chosen in enumerate(lists):
+        scores = scores.index_select(axis, torch.tensor(list(chosen), device=scores.device))
+    return scores
+
+
+def measure_largest(
+    runs: Runs,
+    metric: Metric,
+    seen: Sequence[View],
+    effects: Tensor,
+    axes: tuple[int, ...],
+    grids: Grids,
+    count: int,
+    chunk_size: int | None,
+    magnitude: bool = False,
+) -> AttributionPatching:
+    """The estimates, with the largest `count` of them measured by patches."""
+    shape = effects.shape[: 1 + len(axes)]
+    sizes = effects.abs().flatten(len(shape)).mean(-1) if effects.ndim > len(shape) else effects.abs()
+    done = torch.zeros(shape, dtype=torch.bool, device=effects.device)
+    if count:
+        largest = sizes.flatten().topk(min(count, sizes.numel())).indices
+        done = done.flatten().scatter(0, largest, torch.ones_like(largest, dtype=torch.bool)).reshape(shape)
+        rows = []
+        for view, lists, row, chosen in zip(seen, grids, effects, done):
+            rows.append(_measured_row(runs, metric, view, row, axes, lists, chosen, chunk_size, magnitude))
+        effects = torch.stack(rows)
+    return AttributionPatching(  # type: ignore[call-arg]
+        effects=effects, exact=done, clean=runs.clean_metric, corrupted=runs.corrupted_metric, batch_size=[]
+    )
+
+
+def _measured_row(
+    runs: Runs,
+    metric: Metric,
+    view: View,
+    row: Tensor,
+    axes: tuple[int, ...],
+    lists: Sequence[Sequence[int]],
+    chosen: Tensor,
+    chunk_size: int | None,
+    magnitude: bool,
+) -> Tensor:
+    """The effects at one site, where `chosen` from patches."""
+    which = chosen.flatten().nonzero()[:, 0].tolist()
+    if not which:
+        return row
+    places = list(itertools.product(*lists))
+    patch = (view, view.of(runs.source[view.want]))
+    patched = at_each_place(
+        runs.base,
+        lambda mask: metric(runs.base.resume(writes([(*patch, mask)]))),
+        runs.base_metric,
+        [patch],
+        axes,
+        [places[i] for i in which],
+        chunk_size,
+    )
+    measured = patched - runs.base_metric
+    flat = row.reshape(len(places), *runs.base_metric.shape).clone()
+    flat[torch.tensor(which, device=flat.device)] = (measured.abs() if magnitude else measured).to(flat)
+    return flat.reshape(row.shape)

@@ -1,0 +1,212 @@
+"""The graph of a residual stream: who writes to it, who reads from it, and the edges between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Union
+
+import torch
+from torch import Tensor
+
+from ...core.errors import InputError, did_you_mean
+from ...core.structure import describe
+from .parts import ReaderGroup, WriterGroup
+
+Edge = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A node that adds to the residual stream, given by hand.
+
+    Attributes:
+        name: of the node.
+        site: address of what it adds, a tensor of the shape of the stream.
+        axis: where several writers lie side by side in one value: the axis that they lie along; None for the whole value.
+        index: which of them.
+    """
+
+    name: str
+    site: str
+    axis: int | None = None
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A place where a node reads the residual stream, given by hand.
+
+    Attributes:
+        name: of the place.
+        site: address of the stream as only this reader sees it, such as the input of a norm.
+        axis, index: as for `Writer`, where each reader has a copy of the stream.
+        feeds: names of the writers that depend on it.
+    """
+
+    name: str
+    site: str
+    axis: int | None = None
+    index: int = 0
+    feeds: tuple[str, ...] = ()
+
+
+Part = Union[WriterGroup, ReaderGroup]
+
+
+@dataclass(frozen=True, repr=False)
+class EdgeGraph:
+    """Writers and readers of a residual stream in the order of the run. Immutable; prints as a table.
+
+    There is an edge from each writer to each reader that comes after it. Edges are numbered reader by reader: those of one
+    reader are next to each other, in the order of the writers.
+
+    Attributes:
+        parts: writers and readers that share a site, in the order of the run.
+        writers: names of the U writers.
+        readers: names of the R readers.
+        before: for each reader the number of writers that come before it.
+        starts: for each reader the number of its first edge.
+        feeds: for each reader the numbers of the writers that depend on it.
+    """
+
+    parts: tuple[Part, ...]
+    writers: tuple[str, ...]
+    readers: tuple[str, ...]
+    before: tuple[int, ...]
+    starts: tuple[int, ...]
+    feeds: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, nodes: Sequence[Writer | Reader]) -> EdgeGraph:
+        """A graph given by hand: writers and readers in the order of the run, each reader before what it feeds.
+
+        Raises `InputError` for a node that is neither, a name that is taken, a reader that feeds an unknown or an earlier
+        writer, and a graph without an edge.
+
+        Examples:
+            >>> graph = EdgeGraph.of([Writer("x", "0"), Reader("a in", "1:in", feeds=("a",)), Writer("a", "1"), Reader("y", "2:in")])
+            >>> graph.edges
+            (('x', 'a in'), ('x', 'y'), ('a', 'y'))
+        """
+        parts: list[Part] = []
+        for node in nodes:
+            if isinstance(node, Writer):
+                parts.append(WriterGroup(node.site, (node.name,), axis=node.axis, index=node.index))
+            elif isinstance(node, Reader):
+                parts.append(ReaderGroup(node.site, (node.name,), (tuple(node.feeds),), axis=node.axis, index=node.index))
+            else:
+                raise InputError(f"nodes holds {describe(node)}; give Writer(name, site) and Reader(name, site).")
+        return cls.from_parts(parts)
+
+    @classmethod
+    def from_parts(cls, parts: Iterable[Part]) -> EdgeGraph:
+        """The graph of parts in the order of the run."""
+        parts = tuple(parts)
+        writers: dict[str, int] = {}
+        readers: dict[str, int] = {}
+        before: list[int] = []
+        for part in parts:
+            table = writers if isinstance(part, WriterGroup) else readers
+            for name in part.names:
+                if name in table:
+                    raise InputError(f"two {'writers' if table is writers else 'readers'} are called {name!r}.")
+                table[name] = len(table)
+                if isinstance(part, ReaderGroup):
+                    before.append(len(writers))
+        feeds = []
+        for group in parts:
+            for name, fed in zip(group.names, group.feeds if isinstance(group, ReaderGroup) else ()):
+                for writer in fed:
+                    if writer not in writers or writers[writer] < before[readers[name]]:
+                        raise InputError(
+                            f"reader {name!r} feeds {writer!r}, which is no writer that comes after it."
+                            + did_you_mean(writer, writers)
+                        )
+                feeds.append(tuple(writers[writer] for writer in fed))
+        starts = tuple(sum(before[:r]) for r in range(len(before)))
+        if not sum(before):
+            raise InputError("the graph has no edge; list nodes in the order of the run, a writer before each reader.")
+        return cls(parts, tuple(writers), tuple(readers), tuple(before), starts, tuple(feeds))
+
+    def __len__(self) -> int:
+        """E, the number of edges."""
+        return self.starts[-1] + self.before[-1]
+
+    @property
+    def edges(self) -> tuple[Edge, ...]:
+        """All edges as (writer, reader), in their order."""
+        return tuple((writer, reader) for reader, n in zip(self.readers, self.before) for writer in self.writers[:n])
+
+    @property
+    def root(self) -> str:
+        """The site of the first writer, the embedding."""
+        return next(part.site for part in self.parts if isinstance(part, WriterGroup))
+
+    def edge(self, number: int) -> Edge:
+        """The (writer, reader) of an edge."""
+        if not 0 <= number < len(self):
+            raise InputError(f"edge {number} is out of range; the graph has {len(self)} edges.")
+        reader = max(r for r, start in enumerate(self.starts) if start <= number and self.before[r])
+        return self.writers[number - self.starts[reader]], self.readers[reader]
+
+    def index(self, edges: Iterable[Edge]) -> Tensor:
+        """The numbers of edges given as (writer, reader): integer Tensor [K].
+
+        Raises `InputError` for a node that the graph does not have, and for a pair without an edge.
+        """
+        writers = {name: number for number, name in enumerate(self.writers)}
+        readers = {name: number for number, name in enumerate(self.readers)}
+        found = []
+        for edge in edges:
+            if not isinstance(edge, tuple) or len(edge) != 2:
+                raise InputError(f"an edge is a pair (writer, reader) of names, got {describe(edge)}.")
+            for name, table, kind in ((edge[0], writers, "writer"), (edge[1], readers, "reader")):
+                if name not in table:
+                    raise InputError(f"the graph has no {kind} {name!r}." + did_you_mean(str(name), table))
+            writer, reader = writers[edge[0]], readers[edge[1]]
+            if writer >= self.before[reader]:
+                raise InputError(f"there is no edge {edge[0]!r} -> {edge[1]!r}: the writer comes after the reader.")
+            found.append(self.starts[reader] + writer)
+        return torch.tensor(found, dtype=torch.long)
+
+    def of_writer(self, writer: str) -> Tensor:
+        """The numbers of all edges that leave a writer."""
+        return self.index([(writer, r) for r, n in zip(self.readers, self.before) if writer in self.writers[:n]] or [(writer, "")])
+
+    def of_reader(self, reader: str) -> Tensor:
+        """The numbers of all edges that enter a reader."""
+        return self.index([(w, reader) for w in self.writers[: dict(zip(self.readers, self.before)).get(reader, 1)]])
+
+    def writer_scores(self, scores: Tensor) -> Tensor:
+        """The sum over the edges that leave each writer: [..., E] gives [..., U]."""
+        self.require_edges("scores", scores)
+        total = [scores.new_zeros(*scores.shape[:-1], len(self.writers))]
+        for start, n in zip(self.starts, self.before):
+            part = scores[..., start : start + n]
+            total.append(torch.nn.functional.pad(part, (0, len(self.writers) - n)))
+        return torch.stack(total).sum(0)
+
+    def table(self, scores: Tensor, count: int = 10) -> str:
+        """The edges with the largest |score|, largest first, one a line."""
+        self.require_edges("scores", scores)
+        rows = [(f"{w} -> {r}", float(scores[i])) for i in scores.abs().topk(min(count, len(self))).indices.tolist() for w, r in [self.edge(i)]]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {score:+.4g}" for name, score in rows)
+
+    def require_edges(self, name: str, value: Any) -> None:
+        """Raises `InputError` unless a tensor has one entry for each edge along its last axis."""
+        if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[-1] != len(self):
+            raise InputError(f"{name} is {describe(value)}; give a tensor [..., {len(self)}], one entry for each edge.")
+
+    def __repr__(self) -> str:
+        return f"EdgeGraph({len(self.writers)} writers, {len(self.readers)} readers, {len(self)} edges)"
+
+    def __str__(self) -> str:
+        rows = [(part.kind, _shown(part.names), part.site) for part in self.parts]
+        widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+        return "\n".join([repr(self), *(f"{kind:<{widths[0]}}  {names:<{widths[1]}}  {site}" for kind, names, site in rows)])
+
+
+def _shown(names: tuple[str, ...]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]} ({len(names)})"

@@ -1,0 +1,121 @@
+"""Prompt pairs: two inputs that differ in what is studied and match, position by position, in everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..core.errors import InputError
+from ..core.structure import describe
+from .concepts.directions import visible
+
+MASK = "attention_mask"
+
+
+def require_aligned(clean: Any, corrupted: Any) -> None:
+    """Raises `InputError` unless two inputs have one structure, the same shapes and dtypes, and padding at the same places."""
+    first, second = pytree.tree_flatten(clean)[0], pytree.tree_flatten(corrupted)[0]
+    if len(first) != len(second):
+        raise InputError(
+            f"clean is {describe(clean)} but corrupted is {describe(corrupted)}; give inputs of the same structure."
+        )
+    for a, b in zip(first, second):
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape != b.shape or a.dtype != b.dtype):
+            raise InputError(
+                f"clean holds {describe(a)} but corrupted {describe(b)}; patching needs aligned inputs, token by token, so "
+                "choose prompts of the same length."
+            )
+    masks = [
+        inputs[MASK] if isinstance(inputs, (Mapping, TensorDictBase)) and MASK in inputs.keys() else None
+        for inputs in (clean, corrupted)
+    ]
+    if all(isinstance(mask, Tensor) and visible(mask) for mask in masks) and not torch.equal(*masks):
+        example = int((masks[0] != masks[1]).flatten(1).any(1).nonzero()[0])
+        raise InputError(
+            f"clean and corrupted are padded at different places in example {example}; patching needs aligned inputs, token "
+            "by token, so choose prompts of the same length."
+        )
+
+
+def differing_positions(clean: Any, corrupted: Any) -> Tensor:
+    """Where the prompts of pairs differ.
+
+        differs[b, l] = clean[b, l] != corrupted[b, l]
+
+    Args:
+        clean: token ids, Tensor [B, L], or a mapping with them as `"input_ids"`.
+        corrupted: of the same structure and shapes.
+
+    Returns:
+        bool Tensor [B, L]. In a causal model no patch before the first of these changes anything.
+
+    Raises:
+        InputError: inputs that do not align; a pair without a difference, of which no patch can say anything.
+
+    Cost: no pass.
+
+    Source: Heimersheim and Nanda, "How to use and interpret activation patching" (2024), on choosing pairs.
+
+    Examples:
+        >>> differing_positions(torch.tensor([[5, 6, 7]]), torch.tensor([[5, 9, 7]]))
+        tensor([[False,  True, False]])
+    """
+    require_aligned(clean, corrupted)
+    first, second = _tokens("clean", clean), _tokens("corrupted", corrupted)
+    differs = first != second
+    alike = ~differs.any(1)
+    if visible(alike) and alike.any():
+        raise InputError(
+            f"pair {int(alike.nonzero()[0])} has no difference; give a corrupted prompt that differs from the clean one."
+        )
+    return differs
+
+
+def token_span(inputs: Any, tokens: Sequence[int] | Sequence[Sequence[int]], *, occurrence: int = -1) -> Tensor:
+    """Where a sequence of tokens, such as the subject of a sentence, lies in each prompt.
+
+    Args:
+        inputs: token ids, Tensor [B, L], or a mapping with them as `"input_ids"`.
+        tokens: the sequence; or one for each example.
+        occurrence: which one, if there are several: 0 for the first, -1 for the last.
+
+    Returns:
+        bool Tensor [B, L], true at the tokens of the sequence.
+
+    Raises:
+        InputError: an example that does not hold the sequence (so often).
+
+    Cost: no pass.
+
+    Examples:
+        >>> token_span(torch.tensor([[5, 6, 7, 8], [6, 7, 6, 7]]), [6, 7])
+        tensor([[False,  True,  True, False],
+                [False, False,  True,  True]])
+    """
+    ids = _tokens("inputs", inputs)
+    one = bool(tokens) and isinstance(tokens[0], int)
+    spans: list[Any] = [list(tokens)] * len(ids) if one else [list(span) for span in tokens]  # type: ignore[arg-type]
+    if len(spans) != len(ids) or not all(spans):
+        raise InputError(f"tokens has {len(spans)} sequences for {len(ids)} prompts; give one, or one for each, not empty.")
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    for row, (line, span) in enumerate(zip(ids.tolist(), spans)):
+        starts = [i for i in range(len(line) - len(span) + 1) if line[i : i + len(span)] == span]
+        if not -len(starts) <= occurrence < len(starts):
+            raise InputError(
+                f"tokens={span} comes {len(starts)} times in example {row}, which is {line}; a word that begins a text often "
+                "has other tokens than in the middle of one."
+            )
+        found[row, starts[occurrence] : starts[occurrence] + len(span)] = True
+    return found
+
+
+def _tokens(name: str, inputs: Any) -> Tensor:
+    ids = inputs["input_ids"] if isinstance(inputs, (Mapping, TensorDictBase)) and "input_ids" in inputs.keys() else inputs
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+        raise InputError(f"{name} is {describe(inputs)}; give token ids [B, L], or a mapping with them as 'input_ids'.")
+    return ids
