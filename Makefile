@@ -19,9 +19,11 @@ export NO_MKDOCS_2_WARNING := 1
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-demo: $(ENV)  ## the quickstart and attribution on real models; pictures in out/ (DEMO_ARGS=--short)
+demo: $(ENV)  ## the tutorials on real models; pictures in out/ (DEMO_ARGS=--short)
 	$(RUN) docs/tutorials/quickstart.py $(DEMO_ARGS)
 	$(RUN) docs/tutorials/attribution.py $(DEMO_ARGS)
+	$(RUN) docs/tutorials/weights.py $(DEMO_ARGS)
+	$(RUN) docs/tutorials/representations.py $(DEMO_ARGS)
 
 test: $(ENV)  ## the whole suite (TEST_ARGS="-m 'not slow'")
 	$(RUN) -m pytest -q $(TEST_ARGS)

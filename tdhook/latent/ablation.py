@@ -119,10 +119,12 @@ def ablate(
         >>> ablate(f, params, torch.tensor([[1.0, 2, 3]]), sites="0", to={"0": torch.tensor([4.0, 5, 6])}, axis=-1, indices=[1])
         tensor([[1., 5., 3.]])
     """
-    given = sites if isinstance(sites, Mapping) else None
-    groups = [(seen, indices) for seen in [views(f, sites)]] if given is None else [(views(f, s), i) for s, i in given.items()]
-    if given is not None and indices is not None:
-        raise InputError("indices are given twice, by sites and by indices; leave out indices.")
+    if isinstance(sites, Mapping):
+        if indices is not None:
+            raise InputError("indices are given twice, by sites and by indices; leave out indices.")
+        groups = [(views(f, where), chosen) for where, chosen in sites.items()]
+    else:
+        groups = [(views(f, sites), indices)]
     seen = tuple(view for each, _ in groups for view in each)
     if not seen:
         raise SiteError("sites is empty: no site was given; give at least one.")
@@ -314,7 +316,7 @@ class _Draw:
                     f"to has {describe(mean)} for {view.name!r}, which holds {describe(value)}; give a tensor that broadcasts "
                     "to it (means per position need prompts of the same length; mean_activations(pooled=True) does not)."
                 ) from None
-        return torch.full_like(part, 0.0 if self.to == "zero" else float(self.to))  # type: ignore[arg-type]
+        return torch.full_like(part, 0.0 if self.to == "zero" else float(self.to))
 
 
 def _require_like(pool: Mapping, values: Mapping) -> None:

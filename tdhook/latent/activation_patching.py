@@ -76,7 +76,8 @@ def activation_patching(
     Args:
         f: functional model.
         params: its parameters.
-        clean, corrupted: two inputs of the same structure and shapes.
+        clean: one input.
+        corrupted: the other one, of the same structure and shapes.
         metric: function of the output to a tensor [] or [B].
         sites: addresses; patterns stand for all modules that they match, in registration order (`tdhook.expand` lists them).
             A `HeadLayout` of `tdhook.latent.names`, such as `names.head_output[3]`, stands for the heads at its site, as a

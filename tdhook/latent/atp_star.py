@@ -89,7 +89,8 @@ def atp_star(
         >>> config = GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11, bos_token_id=0, eos_token_id=0)
         >>> model = GPT2LMHeadModel._from_config(config, attn_implementation="eager").eval()
         >>> f, params = tdhook.functionalize(model, use_cache=False)
-        >>> found = tdhook.latent.names.names(f, params)
+        >>> from tdhook.latent.names import names
+        >>> found = names(f, params)
         >>> run = (f, params, torch.tensor([[1, 2, 3]]), torch.tensor([[1, 4, 3]]), lambda out: out.logits[:, -1, 5])
         >>> atp_star(*run, sites=found.query, names=found).effects.shape  # layers, tokens, heads, examples
         torch.Size([2, 3, 2, 1])

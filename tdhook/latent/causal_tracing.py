@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -136,7 +137,7 @@ def causal_trace(
     moments: list[Moments] = []
     for _ in range(samples):
         shift = torch.where(where, level * normal_like(embedded, generator), torch.zeros_like(embedded))
-        noisy = Intervene(f, (place,), {place: lambda value, shift=shift: value + shift})
+        noisy = Intervene(f, (place,), {place: partial(torch.add, shift)})
         base = Tape(noisy, params, inputs, wants)
         corrupted = measured(metric, base.output)
         rows = []
@@ -150,8 +151,8 @@ def causal_trace(
         restored = torch.stack(rows)
         new = [Moments.of(each[None]) for each in (restored, restored - corrupted, corrupted)]
         moments = [a + b for a, b in zip(moments, new)] if moments else new
-    estimates = [Estimate(each.mean, each.standard_error) for each in moments]
-    return CausalTrace(*estimates, clean=clean)
+    restored_, effect, corrupted_ = (Estimate(each.mean, each.standard_error) for each in moments)
+    return CausalTrace(restored_, effect, corrupted_, clean)
 
 
 def _subject(subject: Any, embedded: Tensor) -> Tensor:

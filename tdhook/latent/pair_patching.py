@@ -228,6 +228,6 @@ class _State:
             "checksum": self.checksum,
             "moments": {name: (m.count, m.mean, m.squares) for name, m in self.moments.items()},
         }
-        new = self.path.with_name(self.path.name + ".tmp")
-        torch.save(record, new)
-        os.replace(new, self.path)
+        written = self.path.with_name(self.path.name + ".tmp")
+        torch.save(record, written)
+        os.replace(written, self.path)

@@ -20,7 +20,7 @@ from ..core.transforms import require_sites
 from .concepts.directions import visible
 from .names.layout import HeadLayout
 
-Where = SiteLike | HeadLayout | Sequence[SiteLike | HeadLayout]  # type: ignore[operator]
+Where = SiteLike | HeadLayout | Sequence[SiteLike | HeadLayout]
 Axis = int | Sequence[int] | None
 Indices = Sequence[int] | Sequence[Sequence[int] | None] | None
 Source = Tensor | Callable[[Tensor], Tensor]

@@ -73,9 +73,11 @@ def path_patching(
         receivers: where they end, all at once: addresses, such as the inputs of attention (`"h.9.attn:in"`), queries
             (`names.query[9]`), the last residual or `":out"` for the effect on the output that is direct. A mapping gives
             each the indices along `receiver_axis` that receive: `{names.query[9]: [6, 9]}`.
-        frozen: the nodes that pass nothing on, such as `[*names.attention, *names.mlp]`. A receiver may be one of them: it is
-            read before it is held. A sender too: what it sends is the rest of its value.
-        through: stages between, each like `receivers`.
+        frozen: the nodes that pass nothing on, such as `[*names.attention, *names.mlp]`; with heads as senders
+            `[*names.head_output, *names.mlp]`, since what is held is deaf to a sender inside it. Senders and receivers may be
+            among them: of a sender the rest is held, a receiver is read before it is held.
+        through: stages between, each like `receivers`, by what they send: `["h.5.mlp"]`. A path through one input of a node
+            names that input and the node: `[{names.query[5]: [2]}, {names.head_output[5]: [2]}]`, with `receiver_axis=-2`.
         axis: axis of the values at the senders that `positions` count: -2 for heads at a `HeadLayout`; several for all
             combinations; None for whole values.
         positions: indices along `axis`; None for all. For several axes a sequence with one such for each.

@@ -30,12 +30,12 @@ def require_aligned(clean: Any, corrupted: Any) -> None:
                 f"clean holds {describe(a)} but corrupted {describe(b)}; patching needs aligned inputs, token by token, so "
                 "choose prompts of the same length."
             )
-    masks = [
+    here, there = (
         inputs[MASK] if isinstance(inputs, (Mapping, TensorDictBase)) and MASK in inputs.keys() else None
         for inputs in (clean, corrupted)
-    ]
-    if all(isinstance(mask, Tensor) and visible(mask) for mask in masks) and not torch.equal(*masks):
-        example = int((masks[0] != masks[1]).flatten(1).any(1).nonzero()[0])
+    )
+    if isinstance(here, Tensor) and isinstance(there, Tensor) and visible(here, there) and not torch.equal(here, there):
+        example = int((here != there).flatten(1).any(1).nonzero()[0])
         raise InputError(
             f"clean and corrupted are padded at different places in example {example}; patching needs aligned inputs, token "
             "by token, so choose prompts of the same length."

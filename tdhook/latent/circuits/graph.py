@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class Reader:
     feeds: tuple[str, ...] = ()
 
 
-Part = Union[WriterGroup, ReaderGroup]
+Part = WriterGroup | ReaderGroup
 
 
 @dataclass(frozen=True, repr=False)
@@ -85,7 +85,8 @@ class EdgeGraph:
         writer, and a graph without an edge.
 
         Examples:
-            >>> graph = EdgeGraph.of([Writer("x", "0"), Reader("a in", "1:in", feeds=("a",)), Writer("a", "1"), Reader("y", "2:in")])
+            >>> nodes = [Writer("x", "0"), Reader("a in", "1:in", feeds=("a",)), Writer("a", "1"), Reader("y", "2:in")]
+            >>> graph = EdgeGraph.of(nodes)
             >>> graph.edges
             (('x', 'a in'), ('x', 'y'), ('a', 'y'))
         """
@@ -172,7 +173,9 @@ class EdgeGraph:
 
     def of_writer(self, writer: str) -> Tensor:
         """The numbers of all edges that leave a writer."""
-        return self.index([(writer, r) for r, n in zip(self.readers, self.before) if writer in self.writers[:n]] or [(writer, "")])
+        return self.index(
+            [(writer, r) for r, n in zip(self.readers, self.before) if writer in self.writers[:n]] or [(writer, "")]
+        )
 
     def of_reader(self, reader: str) -> Tensor:
         """The numbers of all edges that enter a reader."""
@@ -190,7 +193,11 @@ class EdgeGraph:
     def table(self, scores: Tensor, count: int = 10) -> str:
         """The edges with the largest |score|, largest first, one a line."""
         self.require_edges("scores", scores)
-        rows = [(f"{w} -> {r}", float(scores[i])) for i in scores.abs().topk(min(count, len(self))).indices.tolist() for w, r in [self.edge(i)]]
+        rows = [
+            (f"{w} -> {r}", float(scores[i]))
+            for i in scores.abs().topk(min(count, len(self))).indices.tolist()
+            for w, r in [self.edge(i)]
+        ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {score:+.4g}" for name, score in rows)
 

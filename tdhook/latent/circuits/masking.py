@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -18,10 +18,11 @@ from ...core.scope import Handler
 from ...core.sites import Site, Want
 from ...core.structure import describe
 from ...core.transforms import Transform, exact_wants, require_sites, take
+from ..prompt_pairs import require_aligned
 from .graph import EdgeGraph
 from .parts import ReaderGroup, WriterGroup, differences_into
 
-Ablation = Union[Tensor, float]
+Ablation = Tensor | float
 
 
 def mask_edges(f: FunctionalModel, graph: EdgeGraph) -> FunctionalModel:
@@ -29,9 +30,9 @@ def mask_edges(f: FunctionalModel, graph: EdgeGraph) -> FunctionalModel:
 
         input of reader r = stream_r + sum over writers u before r of mask[u -> r] * (ablation_u - written_u)
 
-    `written_u` is what u writes in this very run, so that with all masks 1 each reader sees the ablated writers alone. Mask 0 is
-    the edge as it is, and 1 the ablated edge. The gradient at mask 0 is edge attribution patching, a mask that is 1 at one edge
-    is edge patching, one that is 1 outside of a circuit runs the circuit.
+    `written_u` is what u writes in this very run, so that with all masks 1 each reader sees the ablated writers alone. Mask 0
+    is the edge as it is, and 1 the ablated edge. The gradient at mask 0 is edge attribution patching, a mask that is 1 at one
+    edge is edge patching, one that is 1 outside of a circuit runs the circuit.
 
     Args:
         f: functional model.
@@ -52,20 +53,31 @@ def mask_edges(f: FunctionalModel, graph: EdgeGraph) -> FunctionalModel:
 
     A norm that heads read through is run on its own: transforms inside of `f` do not reach these copies.
 
-    Source: the mask of Conmy et al., "Towards Automated Circuit Discovery for Mechanistic Interpretability" (2023); Syed et al.,
-    "Attribution Patching Outperforms Automated Circuit Discovery" (2023), for its gradient.
+    Source: Conmy et al., "Towards Automated Circuit Discovery for Mechanistic Interpretability" (2023); for the gradient of the
+    mask Syed et al., "Attribution Patching Outperforms Automated Circuit Discovery" (2023).
 
     Examples:
+        >>> from tdhook.latent.circuits import EdgeGraph, Reader, Writer
         >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Identity(), torch.nn.Tanh(), torch.nn.Identity()))
         >>> graph = EdgeGraph.of([Writer("x", "0"), Reader("a", "1:in"), Reader("y", "2:in")])
         >>> g = mask_edges(f, graph)
         >>> g(params, torch.ones(1, 1), 0.0, torch.tensor([1.0, 0.0]))
         tensor([[0.]])
     """
+    return masked(f, graph)
+
+
+def masked(f: FunctionalModel, graph: EdgeGraph, written: str = "live") -> MaskEdges:
+    """As `mask_edges`, with a choice of what is taken as written: see `MaskEdges`."""
+    require_graph(f, graph)
+    return MaskEdges(f, exact_wants(f, sites_of(graph.parts), "mask_edges"), graph, written)
+
+
+def require_graph(f: FunctionalModel, graph: Any) -> None:
+    """Raises `ModelError` for a model without sites, and `InputError` for what is no graph."""
     require_sites(f)
     if not isinstance(graph, EdgeGraph):
         raise InputError(f"graph is {describe(graph)}; give what edge_graph(f, params) or EdgeGraph.of(nodes) returned.")
-    return MaskEdges(f, exact_wants(f, _sites(graph.parts), "mask_edges"), graph)
 
 
 def writer_values(f: FunctionalModel, params: Any, inputs: Any, graph: EdgeGraph) -> Tensor:
@@ -74,19 +86,19 @@ def writer_values(f: FunctionalModel, params: Any, inputs: Any, graph: EdgeGraph
     Cost: one forward pass.
 
     Examples:
+        >>> from tdhook.latent.circuits import EdgeGraph, Reader, Writer
         >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Identity(), torch.nn.Tanh()))
         >>> graph = EdgeGraph.of([Writer("x", "0"), Writer("a", "1"), Reader("y", "1:in")])
         >>> writer_values(f, params, torch.zeros(1, 2), graph).shape
         torch.Size([2, 1, 2])
     """
+    require_graph(f, graph)
     writers = [part for part in graph.parts if isinstance(part, WriterGroup)]
-    _, values = capture(f, _sites(writers))(params, inputs)
+    _, values = capture(f, sites_of(writers))(params, inputs)
     return gathered(params, writers, {part.site: values[part.site] for part in writers})
 
 
-def mean_values(
-    f: FunctionalModel, params: Any, batches: Iterable[Any], graph: EdgeGraph, *, positions: bool = True
-) -> Tensor:
+def mean_values(f: FunctionalModel, params: Any, batches: Iterable[Any], graph: EdgeGraph, *, positions: bool = True) -> Tensor:
     """The mean of what each writer adds over a data set: an ablation for `mask_edges`.
 
     Args:
@@ -122,6 +134,27 @@ def mean_values(
     return (total / count).to(dtype)
 
 
+def ablation_values(
+    f: FunctionalModel, params: Any, clean: Any, corrupted: Any, graph: EdgeGraph, ablation: Ablation | None
+) -> Ablation:
+    """What the writers write instead: what they write for the corrupted inputs, unless an ablation is given."""
+    require_graph(f, graph)
+    if ablation is None:
+        if corrupted is None:
+            raise InputError(
+                "corrupted is None, and so is ablation; give the inputs that activations are taken from, or values."
+            )
+        require_aligned(clean, corrupted)
+        return writer_values(f, params, corrupted, graph)
+    if corrupted is not None:
+        raise InputError(
+            "corrupted and ablation are both given, but only one of them can say what writers write; leave one None."
+        )
+    if isinstance(ablation, bool) or not isinstance(ablation, (int, float, Tensor)):
+        raise InputError(f"ablation is {describe(ablation)}; give a number or a tensor [{len(graph.writers)}, ...].")
+    return ablation if isinstance(ablation, Tensor) else float(ablation)
+
+
 def gathered(params: Any, writers: Sequence[WriterGroup], values: dict[str, Tensor]) -> Tensor:
     """The values of all writers, in the shape of the first: Tensor [U, B, *stream]."""
     first = writers[0].values(params, values[writers[0].site]).shape[1:]
@@ -131,16 +164,16 @@ def gathered(params: Any, writers: Sequence[WriterGroup], values: dict[str, Tens
 def as_mask(graph: EdgeGraph, mask: Any) -> Tensor:
     """The mask as a tensor [E] or [B, E]; raises `InputError` for another shape, or a reader that is not there."""
     if isinstance(mask, (dict, TensorDictBase)):
-        given = {str(name): value for name, value in mask.items()}
+        given: dict[str, Any] = {str(name): value for name, value in mask.items()}
         for name in given:
             if name not in graph.readers:
                 graph.index([(graph.writers[0], name)])
         if not given:
             raise InputError("mask is empty; give a tensor for at least one reader.")
-        like = next(iter(given.values()))
-        rows = []
+        like: Tensor = next(iter(given.values()))
+        rows: list[Tensor] = []
         for name, n in zip(graph.readers, graph.before):
-            row = given.get(name, like.new_zeros(*like.shape[:-1], n))
+            row = given.get(name, like.new_zeros((*like.shape[:-1], n)))
             if row.shape != (*like.shape[:-1], n):
                 raise InputError(f"mask[{name!r}] is {describe(row)}; {n} writers come before it.")
             rows.append(row)
@@ -173,7 +206,8 @@ class MaskEdges(Transform):
         mask = as_mask(self.graph, mask)
         if isinstance(ablation, Tensor) and (ablation.ndim == 0 or len(ablation) != len(self.graph.writers)):
             raise InputError(
-                f"ablation is {describe(ablation)}; give a number or a tensor [{len(self.graph.writers)}, ...], an entry for each writer."
+                f"ablation is {describe(ablation)}; give a number or a tensor "
+                f"[{len(self.graph.writers)}, ...], an entry for each writer."
             )
         handler = _EdgeMasker(self.wants, self.graph, params, ablation, mask, self.written)
         output = self.inner._run(params, inputs, extra, execution.within(handler))
@@ -184,9 +218,7 @@ class MaskEdges(Transform):
 class _EdgeMasker(Handler):
     """Notes what is written, and moves what is read by it."""
 
-    def __init__(
-        self, wants: tuple[Want, ...], graph: EdgeGraph, params: Any, ablation: Ablation, mask: Tensor, written: str
-    ):
+    def __init__(self, wants: tuple[Want, ...], graph: EdgeGraph, params: Any, ablation: Ablation, mask: Tensor, written: str):
         super().__init__(wants)
         self.params, self.ablation, self.mask, self.written = params, ablation, mask, written
         self.plan = _plan(graph)
@@ -225,8 +257,8 @@ class _EdgeMasker(Handler):
         known = [self.differences[w] for w in sorted(self.differences) if w < n]
         if sum(map(len, known)) != n:
             raise SiteError(
-                f"{part.names[0]!r} at {part.site!r} reads before all writers that the graph puts before it have written; list the "
-                "nodes in the order of the run."
+                f"{part.names[0]!r} at {part.site!r} reads before all writers that the graph puts before it have "
+                "written; list the nodes in the order of the run."
             )
         changes = part.changes(self.params, value, differences_into(mask, known))
         if not part.entrances:
@@ -237,7 +269,7 @@ class _EdgeMasker(Handler):
 
 
 @torch.compiler.assume_constant_result
-def _sites(parts: Sequence[WriterGroup | ReaderGroup]) -> list[str]:
+def sites_of(parts: Sequence[WriterGroup | ReaderGroup]) -> list[str]:
     return list(dict.fromkeys(site for part in parts for site in part.sites))
 
 

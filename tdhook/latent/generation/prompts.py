@@ -103,7 +103,7 @@ def _mask(named: dict[str, Any], name: str, ids: Tensor, takes: frozenset[str]) 
     mask = named.pop(name, None)
     if mask is None:
         # Given although it says nothing: without it some models look for several texts in one row, which vmap cannot do.
-        return (name, torch.ones_like(ids, dtype=torch.int64)) if name in takes else None
+        return (name, torch.ones(ids.shape, dtype=torch.int64, device=ids.device)) if name in takes else None
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
         raise InputError(f"{name} is {describe(mask)} for token ids of shape {list(ids.shape)}; give one of the same shape.")
     if visible(mask):

@@ -76,7 +76,10 @@ def selectivity(
         y: labels or values, Tensor [*T, N].
         types: integer Tensor [N], the type of every example.
         controls: how many control tasks for each task.
-        folds, stratified, groups, score: as for `cross_validate`.
+        folds: as for `cross_validate`.
+        stratified: as for `cross_validate`.
+        groups: as for `cross_validate`.
+        score: as for `cross_validate`.
         generator: for the folds and the control labels.
         chunk_size: how many folds are fitted at once; None for all. The result does not depend on it.
 
@@ -157,7 +160,10 @@ def permutation_test(
         y: labels or values, Tensor [*T, N].
         permutations: their number M; the smallest possible p is 1 / (1 + M).
         within: integer Tensor [N]: y is exchanged only between examples with the same number, such as those of one subject.
-        folds, stratified, groups, score: as for `cross_validate`.
+        folds: as for `cross_validate`.
+        stratified: as for `cross_validate`.
+        groups: as for `cross_validate`.
+        score: as for `cross_validate`.
         generator: for the folds and the permutations.
         chunk_size: how many permutations are fitted at once; None for all. The result does not depend on it.
 

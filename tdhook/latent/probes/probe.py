@@ -86,7 +86,8 @@ def predict(probe: Any, x: Any) -> Any:
     """The label of every example, or its value for regression.
 
     Args:
-        probe, x: as of `decision`.
+        probe: as of `decision`.
+        x: as of `decision`.
 
     Returns:
         Tensor [*batch, N] of labels as they were given to the fit, or of values; a mapping of these for a mapping.
@@ -111,7 +112,8 @@ def predict_probability(probe: Any, x: Any) -> Any:
     Those of `logistic`, `sparse` and `lda` are what the fit models; those of `mean_difference` are not calibrated.
 
     Args:
-        probe, x: as of `decision`.
+        probe: as of `decision`.
+        x: as of `decision`.
 
     Returns:
         Tensor [*batch, N, K] for K classes in the order of `probe.classes`; a mapping of these for a mapping.

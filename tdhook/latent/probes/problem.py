@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor
 
 from ...core.batching import chunks
 from ...core.checks import require_positive
-from ...core.compat import is_compiling, is_wrapped
 from ...core.errors import InputError
 from ...core.structure import describe
+from .examples import (
+    examples_of,
+    found_classes,
+    given_classes,
+    known,
+    require_classes,
+    require_finite,
+    require_labels,
+    require_rows,
+    weights_of,
+)
 from .probe import LinearProbe, collected, sites_of
 
 Solve = Callable[..., dict[str, Tensor]]
@@ -70,7 +79,7 @@ class Problem:
     ) -> Any:
         """As `solve`, where `prepare(x)` computes what all tasks share, and returns the function of y and `tasks`."""
         require_positive("chunk_size", chunk_size, optional=True)
-        build = LinearProbe if build is None else build  # dynamo cannot call a class that is a default
+        make: Callable[..., Any] = LinearProbe if build is None else build  # dynamo cannot call a class that is a default
         count = len(self.y)
         at_once = chunk_size if chunk_size is not None else count * sum(len(sites) for sites, _ in self.groups)
         results: dict[int, Any] = {}
@@ -85,10 +94,10 @@ class Problem:
             fields = {name: field.reshape(*batch, *field.shape[2:]) for name, field in fields.items()}
             classes = None if self.classes is None else self.classes.reshape(*self.tasks, -1).expand(*batch, -1)
             if self.stacked:
-                return build(**fields, classes=classes, batch_size=batch)
+                return make(**fields, classes=classes, batch_size=batch)
             for i, site in enumerate(sites):
                 own = {name: field[i] for name, field in fields.items()}
-                results[site] = build(**own, classes=None if classes is None else classes[i], batch_size=self.tasks)
+                results[site] = make(**own, classes=None if classes is None else classes[i], batch_size=self.tasks)
         if isinstance(self.x, Tensor):
             return results[0]
         return collected({key: results[i] for i, key in enumerate(sites_of(self.x))}, self.x, self.tasks)
@@ -111,7 +120,7 @@ class Problem:
             return weights * per_class.gather(1, self.y)
         if not isinstance(class_weight, Tensor) or class_weight.shape != (count,):
             raise InputError(f"class_weight has to be None, 'balanced' or a tensor [{count}], got {describe(class_weight)}.")
-        if _known(class_weight) and not (torch.isfinite(class_weight) & (class_weight > 0)).all():
+        if known(class_weight) and not (torch.isfinite(class_weight) & (class_weight > 0)).all():
             raise InputError(f"class_weight has to be positive and finite, got {class_weight.tolist()}.")
         return weights * class_weight.detach().to(weights)[self.y]
 
@@ -134,171 +143,47 @@ def classification(
             compilation, where they cannot be looked for, they have to be given.
         least: how many examples every class has at least.
     """
-    sites = _sites(x)
-    weights = _weights(sites, sample_weight)
-    _require_labels(y, sites[0])
+    sites = examples_of(x)
+    weights = weights_of(sites, sample_weight)
+    require_labels(y, sites[0])
     labels = y.detach().reshape(-1, y.shape[-1])
     labels = labels.to(torch.int64)
-    known = _known(y, weights, *sites)
-    if known:
-        _require_finite_sites(x, sites, weights)
-    given = _given_classes(classes, y)
+    readable = known(y, weights, *sites)
+    if readable:
+        require_finite(x, sites, weights)
+    given = given_classes(classes, y)
     if given is None:
-        if not known:
+        if not readable:
             raise InputError("the classes cannot be found in y under vmap or compilation; give them, as in classes=2.")
-        given = _found_classes(labels, weights)
+        given = found_classes(labels, weights)
     else:
         given = given.to(y.device).expand(len(labels), -1)
     matches = labels[..., None] == given[:, None]
-    if known:
-        _require_classes(labels, matches, given, weights, least)
+    if readable:
+        require_classes(labels, matches, given, weights, least)
     codes = torch.where(weights > 0, matches.to(torch.int8).argmax(-1), 0)
     return Problem(x, _groups(sites), codes, given.to(y.dtype), weights, tuple(y.shape[:-1]))
 
 
 def regression(x: Any, y: Any, sample_weight: Tensor | None = None, least: int = 1) -> Problem:
     """The checked problem of a regression: as `classification`, with numbers y [*T, N]; `least` counts all examples."""
-    sites = _sites(x)
-    weights = _weights(sites, sample_weight)
-    _require_rows(y, sites[0])
+    sites = examples_of(x)
+    weights = weights_of(sites, sample_weight)
+    require_rows(y, sites[0])
     if y.is_complex():
         raise InputError(f"y has to be real, got {describe(y)}.")
     values = y.detach().reshape(-1, y.shape[-1])
     if not values.is_floating_point():
         values = values.to(weights.dtype)
     present = weights > 0
-    if _known(y, weights, *sites):
-        _require_finite_sites(x, sites, weights)
+    if known(y, weights, *sites):
+        require_finite(x, sites, weights)
         if not torch.isfinite(values[:, present]).all():
             raise InputError("y holds NaN or infinite values; give their examples a sample_weight of 0, or leave them out.")
         if present.sum() < least:
             raise InputError(f"{int(present.sum())} examples with a positive weight, but at least {least} are needed.")
     values = torch.where(present, values, 0).to(torch.promote_types(values.dtype, torch.float32))
     return Problem(x, _groups(sites), values, None, weights, tuple(y.shape[:-1]))
-
-
-def _known(*values: Tensor) -> bool:
-    """Whether the values can be looked at: not under vmap or compilation."""
-    return not is_compiling() and not any(is_wrapped(value) for value in values)
-
-
-def _sites(x: Any) -> list[Tensor]:
-    """The examples [N, D] of every site, without gradients."""
-    if isinstance(x, (Mapping, TensorDictBase)):
-        keys = sites_of(x)
-        if not keys:
-            raise InputError("x has no site; give at least one tensor [N, D].")
-        values = [x[key] for key in keys]
-        for key, value in zip(keys, values):
-            if not isinstance(value, Tensor) or value.ndim != 2:
-                raise InputError(f"x has {describe(value)} at the site {key!r}, where a tensor [N, D] is expected.")
-            _require_examples(value, f"x at the site {key!r}")
-            if value.shape[0] != values[0].shape[0]:
-                raise InputError(
-                    f"x has {values[0].shape[0]} rows at the site {keys[0]!r} and {value.shape[0]} at {key!r}; "
-                    "every site needs the same examples."
-                )
-            if value.device != values[0].device:
-                raise InputError(f"x is on {values[0].device} at the site {keys[0]!r} and on {value.device} at {key!r}.")
-    elif isinstance(x, Tensor) and x.ndim in (2, 3):
-        _require_examples(x, "x")
-        values = [x] if x.ndim == 2 else list(x)
-    else:
-        raise InputError(f"x has to be a tensor [N, D] or [S, N, D], or a mapping of tensors [N, D], got {describe(x)}.")
-    return [value.detach() for value in values]
-
-
-def _require_examples(value: Tensor, name: str) -> None:
-    if not value.is_floating_point():
-        raise InputError(f"{name} has to be floating-point, got {describe(value)}.")
-    if 0 in value.shape:
-        raise InputError(f"{name} is empty: {describe(value)}.")
-
-
-def _weights(sites: Sequence[Tensor], sample_weight: Tensor | None) -> Tensor:
-    first = sites[0]
-    dtype = torch.promote_types(first.dtype, torch.float32)
-    if sample_weight is None:
-        return torch.ones(first.shape[0], dtype=dtype, device=first.device)
-    if not isinstance(sample_weight, Tensor) or sample_weight.shape != first.shape[:1] or sample_weight.is_complex():
-        raise InputError(f"sample_weight has to be a real tensor [{first.shape[0]}], got {describe(sample_weight)}.")
-    weights = sample_weight.detach().to(first.device, dtype)
-    if _known(weights):
-        if not torch.isfinite(weights).all() or (weights < 0).any():
-            raise InputError("sample_weight holds negative, infinite or NaN values; weights are at least 0.")
-        if not (weights > 0).any():
-            raise InputError("sample_weight is 0 everywhere; give at least one example a positive weight.")
-    return weights
-
-
-def _require_rows(y: Any, x: Tensor) -> None:
-    if not isinstance(y, Tensor) or y.ndim == 0:
-        raise InputError(f"y has to be a tensor [*T, {x.shape[0]}], got {describe(y)}.")
-    if y.shape[-1] != x.shape[0]:
-        raise InputError(f"y has {y.shape[-1]} examples in its last dimension, x has {x.shape[0]} rows; they have to match.")
-    if 0 in y.shape:
-        raise InputError(f"y has no task: {describe(y)}.")
-    if y.device != x.device:
-        raise InputError(f"y is on {y.device}, x on {x.device}.")
-
-
-def _require_labels(y: Any, x: Tensor) -> None:
-    _require_rows(y, x)
-    if y.is_floating_point() or y.is_complex():
-        raise InputError(f"y has to hold integer labels, got {describe(y)}; use y.long(), or a regression such as `ridge`.")
-
-
-def _require_finite_sites(x: Any, sites: Sequence[Tensor], weights: Tensor) -> None:
-    present = (weights > 0)[:, None]
-    for i, site in enumerate(sites):
-        if not (torch.isfinite(site) | ~present).all():
-            where = f" (site {i})" if isinstance(x, Tensor) and x.ndim == 3 else ""
-            where = where if isinstance(x, Tensor) else f" at the site {sites_of(x)[i]!r}"
-            raise InputError(
-                f"x holds NaN or infinite values{where}; give their examples a sample_weight of 0, or leave them out."
-            )
-
-
-def _given_classes(classes: Any, y: Tensor) -> Tensor | None:
-    if classes is None:
-        return None
-    if isinstance(classes, int) and not isinstance(classes, bool):
-        require_positive("classes", classes, least=2)
-        return torch.arange(classes, device=y.device)
-    if not isinstance(classes, Tensor) or classes.ndim != 1 or len(classes) < 2 or classes.is_floating_point():
-        raise InputError(f"classes has to be an integer tensor [K] or a number K, K at least 2, got {describe(classes)}.")
-    return classes.to(torch.int64)
-
-
-def _found_classes(labels: Tensor, weights: Tensor) -> Tensor:
-    """The labels of every task [T, K]."""
-    found = [torch.unique(task[weights > 0]) for task in labels]
-    for i, own in enumerate(found):
-        if len(own) < 2:
-            raise InputError(
-                f"y has one class only, {own.tolist()}, in task {i} of {len(labels)}; a classifier needs at least two "
-                "among the examples with a positive weight."
-            )
-        if len(own) != len(found[0]):
-            raise InputError(
-                f"y has {len(found[0])} classes in task 0 and {len(own)} in task {i}; fit them in separate calls, or give "
-                "all labels as classes."
-            )
-    return torch.stack(found)
-
-
-def _require_classes(labels: Tensor, matches: Tensor, classes: Tensor, weights: Tensor, least: int) -> None:
-    present = weights > 0
-    unknown = ~matches.any(-1) & present
-    if unknown.any():
-        raise InputError(f"y has the label {int(labels[unknown][0])}, which is none of the classes {classes[0].tolist()}.")
-    counts = (matches & present[:, None]).sum(1)
-    if (counts < least).any():
-        task, position = (int(i) for i in (counts < least).nonzero()[0])
-        raise InputError(
-            f"class {int(classes[task, position])} has {int(counts[task, position])} examples with a positive weight in task "
-            f"{task}, but at least {least} are needed."
-        )
 
 
 def _groups(sites: Sequence[Tensor]) -> list[tuple[list[int], list[Tensor]]]:

@@ -44,8 +44,14 @@ def sparse(
         y: integer Tensor [*T, N], labels; leading dimensions are tasks.
         k: how many coordinates every task of every site may read.
         score: `"mean_difference"`, `"f"` or `"logistic"`; all of standardised activations with `standardize`.
-        strength, classes, standardize, class_weight, sample_weight, fit_intercept, tolerance, max_iterations: as of `logistic`
-            with an L2 penalty.
+        strength: of the L2 penalty, as of `logistic`.
+        classes: as of `logistic`.
+        standardize: as of `logistic`.
+        class_weight: as of `logistic`.
+        sample_weight: as of `logistic`.
+        fit_intercept: as of `logistic`.
+        tolerance: as of `logistic`.
+        max_iterations: as of `logistic`.
         chunk_size: how many fits (sites times tasks) run at once; None for all. Each holds N x k values of its own.
 
     Returns:

@@ -17,7 +17,8 @@ from torch import Tensor
 from ...core.errors import InputError
 from ...core.structure import describe
 from ..concepts.directions import orthonormal
-from .edits import Edit, as_direction, as_strength, per_example, widened
+from .arguments import as_direction, as_strength, per_example, widened
+from .edits import Edit
 from .positions import Positions, Where, require_columns, require_positions
 
 

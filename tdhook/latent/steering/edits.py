@@ -10,7 +10,6 @@ hashable, keeps the dtype of the value, and its numbers may be those of a vmap a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -21,7 +20,7 @@ from torch import Tensor
 from ...core.errors import InputError
 from ...core.structure import describe
 from ...core.writing import Write, written_value
-from ..concepts.directions import as_directions
+from .arguments import as_direction, as_strength, per_example, widened
 from .positions import Positions, Where, columns, require_columns, require_positions, selected
 
 Self = TypeVar("Self", bound="Edit")
@@ -67,7 +66,8 @@ class At(Edit):
     function: Callable[[Tensor], Tensor]
 
     def changed(self, value: Tensor, where: Where) -> Tensor:
-        return written_value("an edit", value, placed(self.function, where)(value))
+        # A copy, so that a function that writes in place changes the chosen positions and nothing else.
+        return written_value("an edit", value, placed(self.function, where)(value.clone()))
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -78,7 +78,7 @@ class InOrder(Edit):
 
     def changed(self, value: Tensor, where: Where) -> Tensor:
         for edit in self.edits:
-            value = written_value("an edit", value, placed(edit, where)(value))
+            value = written_value("an edit", value, placed(edit, where)(value.clone()))
         return value
 
 
@@ -98,7 +98,7 @@ class ByStep(Edit):
             part = value[..., done : done + size, :]
             write = placed(self.schedule(step), where._replace(start=column, stop=column + size))
             if write is not None:
-                part = written_value("an edit", part, write(part) if callable(write) else write)
+                part = written_value("an edit", part, write(part.clone()) if callable(write) else write)
             parts.append(part)
             done += size
         return torch.cat(parts, -2)
@@ -231,46 +231,6 @@ def by_step(schedule: Callable[[int], Write | None]) -> Edit:
 def placed(write: Any, where: Where) -> Any:
     """A write for a value that lies elsewhere in a sequence: an edit is told so, others do not depend on it."""
     return write.placed(where) if isinstance(write, Edit) else write
-
-
-def as_direction(name: str, given: Any, most: int, nonzero: bool = True) -> Tensor:
-    """The tensor [D], or up to [K, D], of a direction; raises `InputError` for others."""
-    rows = as_directions(name, given, nonzero)
-    if rows.ndim > most:
-        raise InputError(f"{name} has shape {list(rows.shape)}; give {'[D] or [K, D]' if most == 2 else '[D]'}.")
-    return rows
-
-
-def as_strength(name: str, given: Any) -> float | Tensor:
-    """A number, or Tensor [] or [B]; raises `InputError` for others."""
-    if isinstance(given, Tensor):
-        if given.ndim > 1 or given.is_complex() or given.dtype == torch.bool:
-            raise InputError(f"{name} is {describe(given)}; give a number, or a tensor [] or [B].")
-        return given
-    if not isinstance(given, (int, float)) or isinstance(given, bool) or not math.isfinite(given):
-        raise InputError(f"{name} is {describe(given)}; give a finite number, or a tensor [] or [B].")
-    return float(given)
-
-
-def widened(name: str, value: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The value and tensors [..., D] on its device, in the dtype to compute in: that of both, float32 at least."""
-    if not value.is_floating_point():
-        raise InputError(f"an edit is for floating-point values, the site holds {describe(value)}.")
-    dtype = torch.promote_types(value.dtype, torch.float32)
-    for tensor in tensors:
-        if value.ndim == 0 or tensor.shape[-1] != value.shape[-1]:
-            raise InputError(f"{name} has {tensor.shape[-1]} features, the value is {describe(value)}.")
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return (value.to(dtype), *(tensor.to(value.device, dtype) for tensor in tensors))
-
-
-def per_example(name: str, strength: float | Tensor, value: Tensor) -> float | Tensor:
-    """A number, or a tensor that broadcasts to the value [*B, S, D]."""
-    if not isinstance(strength, Tensor):
-        return strength
-    if strength.ndim and (value.ndim < 2 or strength.shape[0] != value.shape[0]):
-        raise InputError(f"{name} has {len(strength)} numbers, one for each example; the value is {describe(value)}.")
-    return strength.to(value.device, value.dtype).reshape([*strength.shape, *[1] * (value.ndim - 1) * strength.ndim])
 
 
 def _everything(value: Tensor) -> Where:

@@ -73,7 +73,7 @@ def selected(positions: Positions, value: Tensor, where: Where) -> Tensor | bool
     chosen = [column in wanted for column in range(where.start, where.stop)]
     if all(chosen):
         return True
-    return torch.tensor(chosen, device=value.device)[:, None] if any(chosen) else False
+    return torch.tensor(chosen, dtype=torch.bool, device=value.device)[:, None] if any(chosen) else False
 
 
 def require_columns(value: Tensor, where: Where) -> None:

@@ -184,10 +184,11 @@ def test_folds_under_vmap_are_fits_of_the_rows_that_are_left():
 
 @pytest.mark.compile
 def test_newton_compiles():
-    x = activations(40, 4)
+    x = activations(30, 2)
     y = labels(x, tasks=2)
-    fit = torch.compile(lambda x, y: logistic(x, y, classes=2, max_iterations=5), fullgraph=True, backend="aot_eager")
-    compiled, eager = fit(x, y), logistic(x, y)
+    options = dict(strength=10.0, max_iterations=4)
+    fit = torch.compile(lambda x, y: logistic(x, y, classes=2, **options), fullgraph=True, backend="aot_eager")
+    compiled, eager = fit(x, y), logistic(x, y, **options)
     assert compiled.converged.all() and torch.allclose(compiled.weight, eager.weight, rtol=1e-6)
     assert torch.equal(compiled.iterations, eager.iterations)
 
