@@ -90,6 +90,20 @@ class ViT(nn.Module):
         return self.head(self.body(x).last_hidden_state[:, 0])
 
 
+class SmallCNN(nn.Sequential):
+    """Three convolutions and two linear layers: [B, 1, 28, 28] -> [B, 10]. No layer but these has parameters."""
+
+    def __init__(self):
+        super().__init__()
+        widths = [1, 32, 64, 128]
+        for i, (before, after) in enumerate(itertools.pairwise(widths), 1):
+            self.add_module(f"conv{i}", nn.Conv2d(before, after, 3, padding=1))
+            self.add_module(f"relu{i}", nn.ReLU())
+            self.add_module(f"pool{i}", nn.MaxPool2d(2))
+        self.flatten = nn.Flatten()
+        self.linear1, self.relu4, self.linear2 = nn.Linear(128 * 9, 256), nn.ReLU(), nn.Linear(256, 10)
+
+
 KINDS = ("MLP", "CNN", "ViT")
 EPOCHS = {"MLP": 3, "CNN": 1, "ViT": 3}
 
@@ -108,19 +122,34 @@ def network(kind: str, classes: int, channels: int = 3, pixels: int = 32, activa
     return model.eval()
 
 
+def small_cnn() -> nn.Module:
+    """A small network of layers that every peer knows, with torch's own initialisation."""
+    torch.manual_seed(0)
+    return SmallCNN().eval()
+
+
+def efficientnet() -> nn.Module:
+    """EfficientNet-Lite0, trained on ImageNet."""
+    return _real_models().efficientnet()
+
+
 def images(batch: int, channels: int = 3, pixels: int = 32) -> Tensor:
     """Normal noise [batch, channels, pixels, pixels]."""
     return torch.randn(batch, channels, pixels, pixels, generator=torch.Generator().manual_seed(1))
 
 
-@functools.cache
-def digits() -> tuple[Tensor, Tensor]:
-    """MNIST's images [5000, 1, 28, 28] and labels [5000], in random order."""
+def _real_models() -> Any:
     if str(TUTORIALS) not in sys.path:
         sys.path.append(str(TUTORIALS))
     import real_models
 
-    _, pictures, labels = real_models.digits()
+    return real_models
+
+
+@functools.cache
+def digits() -> tuple[Tensor, Tensor]:
+    """MNIST's images [5000, 1, 28, 28] and labels [5000], in random order."""
+    _, pictures, labels = _real_models().digits()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     return pictures[order], labels[order]
 

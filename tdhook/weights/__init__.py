@@ -1,6 +1,7 @@
 """Weights as data: pure maps from params to params, or to scores.
 
-- pruning: `magnitude`, `gradient_x_weight`, `taylor`, `fisher`, `optimal_brain_damage`, `wanda`; `prune`, `prune_circuit`
+- pruning: `magnitude`, `gradient_x_weight`, `taylor`, `fisher`, `optimal_brain_damage`, `wanda`; `prune`, `pruner`,
+  `prune_circuit`
 - adapters: `adapt`, `CrossLayer`; `lora_init`, `lora_merge`, `lora_unmerge`, `lora_from_difference`, `energy_ranks`
 - task vectors: `task_vector`, `add_task_vectors`, `analogy`, `choose_strength`, `ties`, `dare`, `slerp`
 - editing: `key_covariance`, `key_at`, `optimize_value`, `rank_one_update`, `rome`, `evaluate_edit`; `orthogonalize`
@@ -26,11 +27,12 @@ from .lora import energy_ranks, lora_from_difference, lora_init, lora_merge, lor
 from .merging import dare, slerp, ties
 from .parameter_paths import ParameterPath, parameter_integrated_gradients, sum_by, sum_heads
 from .per_example import per_example_gradients
-from .pruning import Pruned, Units, prune
+from .pruning import Pruned, prune, pruner
 from .rank_one import rank_one_update
 from .rome import ValueSearch, optimize_value, rome
 from .scores import fisher, gradient_x_weight, magnitude, optimal_brain_damage, taylor
 from .task_vectors import Strength, add_task_vectors, analogy, choose_strength, task_vector
+from .units import Units
 from .wanda import wanda
 
 __all__ = [
@@ -84,6 +86,7 @@ __all__ = [
     "per_example_gradients",
     "prune",
     "prune_circuit",
+    "pruner",
     "qk_circuit",
     "rank_one_update",
     "rome",

@@ -42,7 +42,7 @@ def hessian_vector_product(
         params: its parameters.
         inputs: tensors [B, *shape], in any structure that `f` takes.
         loss: of one example, as in `per_example_gradients`.
-        vector: TensorDict like the selected parameters; `vmap` for several.
+        vector: TensorDict like the selected parameters, without buffers; `vmap` for several.
         labels: tensors [B, *shape], in any structure.
         select: names or patterns (`select_parameters`); None for all parameters, without the buffers of a functional model.
         chunk_size: how many examples run at once; None for all.
@@ -86,21 +86,20 @@ def gauss_newton_vector_product(
     It is the Hessian without the curvature of the model, and positive semidefinite where the loss is convex in the output.
 
     Args:
-        f: as in `hessian_vector_product`. The output of `f` is
-        params: as in `hessian_vector_product`. The output of `f` is
-        inputs: as in `hessian_vector_product`. The output of `f` is
-        loss: as in `hessian_vector_product`. The output of `f` is
-        vector: as in `hessian_vector_product`. The output of `f` is
-        labels: as in `hessian_vector_product`. The output of `f` is
-        select: as in `hessian_vector_product`. The output of `f` is
-        chunk_size: as in `hessian_vector_product`. The output of `f` is
-            a structure of floating-point tensors.
+        f: as in `hessian_vector_product`; its output is a structure of floating-point tensors.
+        params: as in `hessian_vector_product`.
+        inputs: as in `hessian_vector_product`.
+        loss: as in `hessian_vector_product`.
+        vector: as in `hessian_vector_product`.
+        labels: as in `hessian_vector_product`.
+        select: as in `hessian_vector_product`.
+        chunk_size: as in `hessian_vector_product`.
 
     Returns:
         TensorDict like the selected parameters.
 
     Raises:
-        ParamsError: as `hessian_vector_product`.
+        InputError: as `hessian_vector_product`.
 
     Cost: two forward passes, one derivative of a forward along the vector, one backward pass.
 
@@ -147,7 +146,7 @@ def fisher_vector_product(
         TensorDict like the selected parameters.
 
     Raises:
-            As `hessian_vector_product`. TargetError: an output that is no tensor of logits.
+        InputError: as `hessian_vector_product`. TargetError: an output that is no tensor of logits.
 
     Cost: as `gauss_newton_vector_product`.
 

@@ -62,8 +62,7 @@ def tracin(
 
     Raises:
         InputError: no checkpoint, learning rates of another number, data that is no pair. ParamsError: checkpoints of different
-            structure.
-            Otherwise as `per_example_gradients`.
+            structure. Otherwise as `per_example_gradients`.
 
     Cost: for each checkpoint M forward and backward passes, and N for each chunk of test examples (N in all, with a
     projection). Memory: gradients of two chunks; with a projection of one chunk, and (M + N) k numbers.

@@ -48,7 +48,10 @@ class Moving:
             if key not in found:
                 raise InputError(f"{name} has no {parameter_name(key)!r}; give a tensor for each selected parameter.")
             if key not in self.chosen:
-                raise InputError(f"{name} has {parameter_name(key)!r}, which is not selected; leave it out.")
+                raise InputError(
+                    f"{name} has {parameter_name(key)!r}, which is a buffer or not selected; leave it out: "
+                    f"{name}.exclude({key!r})."
+                )
             if found[key].shape != self.chosen[key].shape or found[key].dtype != self.chosen[key].dtype:
                 raise InputError(
                     f"{name} holds {describe(found[key])} at {parameter_name(key)!r}, the parameter is "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +11,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from ..core.errors import InputError, ParamsError
-from ..core.structure import describe
-from .ranking import Amount, above_lowest, count_of, require_amount, require_ordered
+from .ranking import Amount, above_lowest, count_of, ranks, require_amount, require_ordered
 from .selection import (
     Key,
     Select,
@@ -24,6 +23,7 @@ from .selection import (
     require_params,
     select_parameters,
 )
+from .units import Units, require_fit, require_scores, unit_scores, units_of
 
 SCOPES = ("global", "tensor", "output")
 
@@ -40,32 +40,10 @@ class Pruned(NamedTuple):
     mask: TensorDict
 
 
-@dataclass(frozen=True)
-class Units:
-    """Slices of a weight that are pruned as a whole.
-
-    Attributes:
-        dim: the dimension that counts them: 0 for output neurons and channels, 1 for input ones.
-        size: how many neighbours along `dim` make one unit: the head size for attention heads.
-    """
-
-    dim: int
-    size: int = 1
-
-    def rows(self, tensor: Tensor) -> Tensor:
-        """The elements of each unit: Tensor [U, elements]."""
-        return tensor.movedim(self.dim, 0).reshape(tensor.shape[self.dim] // self.size, -1)
-
-    def spread(self, mask: Tensor, like: Tensor) -> Tensor:
-        """A mask of units [U] as a mask of elements."""
-        along = mask[:, None].expand(-1, self.size).reshape(-1)
-        dims = [1] * like.ndim
-        dims[self.dim] = -1
-        return along.reshape(dims).expand(like.shape)
-
-
 Structure = None | int | Units | Mapping[str, Any]
 Scores = TensorDictBase | Callable[[TensorDictBase], TensorDictBase]
+Masks = Callable[[Amount], dict[Key, Tensor]]
+Keeper = Callable[[Tensor], Callable[[int | Tensor], Tensor]]
 
 
 def prune(
@@ -83,7 +61,7 @@ def prune(
 
         theta'_i = theta_i if rank(s_i) >= k else 0,     k = round(amount * n)
 
-    A sweep over amounts ranks once: `vmap(lambda a: metric(f(prune(params, scores, a).params, x)))(amounts)`.
+    `pruner` ranks once for many amounts.
 
     Args:
         params: nested TensorDict.
@@ -110,7 +88,7 @@ def prune(
             vmap or compilation: there an amount below 0 is 0, and one above all is all).
         ParamsError: scores that do not fit `params`, an unknown name, units that do not divide a tensor.
 
-    Cost: one sort of the scores.
+    Cost: one selection among the scores (a sort where values cannot be looked at).
 
     Source: Han et al. (2015) for weights; Li et al., "Pruning Filters for Efficient ConvNets" (2017) for units. Amounts count
     as in `torch.nn.utils.prune`.
@@ -121,12 +99,67 @@ def prune(
         >>> pruned = prune(params, magnitude, 0.25)
         >>> (pruned.params["weight"] == 0).sum()
         tensor(2)
-        >>> x = torch.randn(3, 4)
-        >>> torch.func.vmap(lambda a: f(prune(params, magnitude, a).params, x))(torch.tensor([0.0, 0.5, 1.0])).shape
+    """
+    require_amount(amount)
+    return _pruner(params, scores, scope, structure, order, tied, select, once=True)(amount)
+
+
+def pruner(
+    params: TensorDictBase,
+    scores: Scores,
+    *,
+    scope: str = "global",
+    structure: Structure = None,
+    order: int = 1,
+    tied: Callable[[str], str] | None = None,
+    select: Select = None,
+) -> Callable[[Amount], Pruned]:
+    """Pruning by any amount, ranked once: for sweeps.
+
+        pruner(params, scores)(amount) = prune(params, scores, amount)
+
+    Args:
+        params: as in `prune`.
+        scores: as in `prune`.
+        scope: as in `prune`.
+        structure: as in `prune`.
+        order: as in `prune`.
+        tied: as in `prune`.
+        select: as in `prune`.
+
+    Returns:
+        Function from an amount to `Pruned`. Vmapped over amounts it runs that many models at once, for which convolutions on a
+        CPU have no fast kernel: there `vmap(..., chunk_size=1)` is faster.
+
+    Raises:
+        InputError: as `prune`; ParamsError: as `prune`; the function for an amount out of range.
+
+    Cost: one sort of the scores; then a comparison for each amount.
+
+    Source: as `prune`.
+
+    Examples:
+        >>> from tdhook.weights import magnitude
+        >>> f, params = tdhook.functionalize(torch.nn.Linear(4, 2))
+        >>> x, pruned_by = torch.randn(3, 4), pruner(params, magnitude)
+        >>> torch.func.vmap(lambda amount: f(pruned_by(amount).params, x))(torch.tensor([0.0, 0.5, 1.0])).shape
         torch.Size([3, 3, 2])
     """
+    return _pruner(params, scores, scope, structure, order, tied, select, once=False)
+
+
+def _pruner(
+    params: TensorDictBase,
+    scores: Scores,
+    scope: str,
+    structure: Structure,
+    order: int,
+    tied: Callable[[str], str] | None,
+    select: Select,
+    once: bool,
+) -> Callable[[Amount], Pruned]:
+    """`pruner`; `once` where it is called once, for which ranks are not needed."""
     require_params("params", params, single=True)
-    require_amount(amount)
     if scope not in SCOPES:
         raise InputError(f"scope={scope!r} is unknown; choose from {', '.join(map(repr, SCOPES))}.")
     if order not in (1, 2):
@@ -134,112 +167,88 @@ def prune(
     given = scores(params) if callable(scores) and not isinstance(scores, TensorDictBase) else scores
     require_params("scores", given, single=True)
     tensors = flat(params)
-    _require_scores(flat(given), tensors)
+    require_scores(flat(given), tensors)
     ranked = select_parameters(given, select)
     if isinstance(structure, Mapping):
         named = by_parameter(given, structure, "structure")
-        units = {key: _units(named[key]) for key in tensors if key in ranked and key in named}
+        units = {key: units_of(named[key]) for key in tensors if key in ranked and key in named}
     else:
-        units = {key: _units(structure) for key in tensors if key in ranked}
+        units = {key: units_of(structure) for key in tensors if key in ranked}
     if not units:
         raise ParamsError("structure names no parameter that select names too.")
     for key, unit in units.items():
-        _require_fit(key, ranked[key], tensors[key], unit)
+        require_fit(key, ranked[key], tensors[key], unit)
         require_ordered(f"scores[{parameter_name(key)!r}]", ranked[key])
-    if scope == "output":
-        kept = _by_output(units, ranked, amount, tied)
-    else:
-        kept = _by_group(units, ranked, tensors, amount, scope, order, tied)
-    pruned = {key: torch.where(mask, tensors[key], 0) for key, mask in kept.items()}
-    return Pruned(replaced(params, pruned), nest(kept))
+    keeper: Keeper = (lambda scores: partial(above_lowest, scores)) if once else _ranked
+    by_output = scope == "output"
+    kept_at = (
+        _by_output(units, ranked, tied, keeper) if by_output else _by_group(units, ranked, tensors, scope, order, tied, keeper)
+    )
+
+    def pruned_by(amount: Amount) -> Pruned:
+        require_amount(amount)
+        kept = kept_at(amount)
+        pruned = {key: torch.where(mask, tensors[key], 0) for key, mask in kept.items()}
+        return Pruned(replaced(params, pruned), nest(kept))
+
+    return pruned_by
 
 
-def _units(structure: Any) -> Units | None:
-    if structure is None or isinstance(structure, Units):
-        return structure
-    if isinstance(structure, int) and not isinstance(structure, bool):
-        return Units(structure)
-    raise InputError(f"structure is None, a dimension, Units or a mapping to these, got {describe(structure)}.")
+def _ranked(scores: Tensor) -> Callable[[int | Tensor], Tensor]:
+    """As `above_lowest` of scores that are sorted here."""
+    places = ranks(scores)
+    return lambda count: places >= count
 
 
-def _require_scores(scores: dict[Key, Tensor], tensors: dict[Key, Tensor]) -> None:
-    for key, score in scores.items():
-        if key not in tensors:
-            raise ParamsError(f"scores has {parameter_name(key)!r}, which params has not.")
-        if not score.is_floating_point() or not tensors[key].is_floating_point():
-            raise ParamsError(
-                f"scores[{parameter_name(key)!r}] is {describe(score)} for {describe(tensors[key])}; both have to be "
-                "floating-point."
-            )
-
-
-def _require_fit(key: Key, scores: Tensor, weight: Tensor, unit: Units | None) -> None:
-    name = parameter_name(key)
-    if unit is not None:
-        if not -weight.ndim <= unit.dim < weight.ndim:
-            raise ParamsError(f"structure: {name!r} is {describe(weight)}, which has no dimension {unit.dim}.")
-        if unit.size < 1 or weight.shape[unit.dim] % unit.size:
-            raise ParamsError(
-                f"structure: units of size {unit.size} do not divide dimension {unit.dim} of {name!r}, {describe(weight)}."
-            )
-        if scores.shape == (weight.shape[unit.dim] // unit.size,):
-            return
-    if scores.shape != weight.shape:
-        raise ParamsError(f"scores[{name!r}] is {describe(scores)}, but the parameter is {describe(weight)}.")
-
-
-def _by_output(
-    units: dict[Key, Units | None], ranked: dict[Key, Tensor], amount: Amount, tied: Callable | None
-) -> dict[Key, Tensor]:
+def _by_output(units: dict[Key, Units | None], ranked: dict[Key, Tensor], tied: Callable | None, keeper: Keeper) -> Masks:
     """Masks where each output is ranked by itself."""
     if tied is not None or any(unit is not None for unit in units.values()):
         raise InputError("scope='output' ranks the single weights of each output; leave structure and tied out.")
-    kept = {}
-    for key in units:
-        rows = ranked[key].reshape(len(ranked[key]), -1)
-        count = count_of(amount, rows.shape[1], f"one output of {parameter_name(key)!r}")
-        kept[key] = above_lowest(rows, count).reshape(ranked[key].shape)
-    return kept
+    rows = {key: ranked[key].reshape(len(ranked[key]), -1) for key in units}
+    kept = {key: keeper(row) for key, row in rows.items()}
+
+    def kept_at(amount: Amount) -> dict[Key, Tensor]:
+        counts = {key: count_of(amount, row.shape[1], f"one output of {parameter_name(key)!r}") for key, row in rows.items()}
+        return {key: kept[key](counts[key]).reshape(ranked[key].shape) for key in units}
+
+    return kept_at
 
 
 def _by_group(
     units: dict[Key, Units | None],
     ranked: dict[Key, Tensor],
     tensors: dict[Key, Tensor],
-    amount: Amount,
     scope: str,
     order: int,
     tied: Callable[[str], str] | None,
-) -> dict[Key, Tensor]:
+    keeper: Keeper,
+) -> Masks:
     """Masks where the weights or units of all tensors, or of each (or each group that is tied), are ranked together."""
     groups: dict[Any, list[Key]] = {}
     for key in units:
         groups.setdefault(tied(parameter_name(key)) if tied else key, []).append(key)
+    names = [f"group {group!r}" if tied else repr(parameter_name(group)) for group in groups]
     by_group = []
     for keys in groups.values():
-        parts = [_unit_scores(ranked[key], tensors[key], units[key], order) for key in keys]
+        parts = [unit_scores(ranked[key], tensors[key], units[key], order) for key in keys]
         if len({len(part) for part in parts}) > 1:
             counts = ", ".join(f"{len(part)} in {parameter_name(key)!r}" for key, part in zip(keys, parts))
             raise ParamsError(f"tied parameters need the same number of units: {counts}.")
         by_group.append(sum(parts[1:], start=parts[0]))
-    if scope == "global":
-        joined = torch.cat(by_group)
-        masks = list(above_lowest(joined, count_of(amount, len(joined), "all scores")).split([len(g) for g in by_group]))
-    else:
-        names = [f"group {group!r}" if tied else repr(parameter_name(group)) for group in groups]
-        masks = [above_lowest(s, count_of(amount, len(s), name)) for s, name in zip(by_group, names)]
-    kept = {}
-    for keys, mask in zip(groups.values(), masks):
-        for key in keys:
-            unit, like = units[key], tensors[key]
-            kept[key] = mask.reshape(like.shape) if unit is None else unit.spread(mask, like)
-    return {key: kept[key] for key in units}
+    sizes = [len(part) for part in by_group]
+    together = scope == "global"
+    kept = [keeper(torch.cat(by_group))] if together else [keeper(part) for part in by_group]
 
+    def kept_at(amount: Amount) -> dict[Key, Tensor]:
+        if together:
+            masks = list(kept[0](count_of(amount, sum(sizes), "all scores")).split(sizes))
+        else:
+            masks = [keep(count_of(amount, size, name)) for keep, size, name in zip(kept, sizes, names)]
+        found = {}
+        for keys, mask in zip(groups.values(), masks):
+            for key in keys:
+                unit, like = units[key], tensors[key]
+                found[key] = mask.reshape(like.shape) if unit is None else unit.spread(mask, like)
+        return {key: found[key] for key in units}
 
-def _unit_scores(scores: Tensor, weight: Tensor, unit: Units | None, order: int) -> Tensor:
-    if unit is None:
-        return scores.reshape(-1)
-    if scores.ndim == 1 and scores.shape != weight.shape:
-        return scores
-    rows = unit.rows(scores)
-    return rows.sum(1) if order == 1 else rows.square().sum(1)
+    return kept_at

@@ -142,6 +142,9 @@ def matching(keys: tuple[Key, ...], request: Any, name: str = "select") -> tuple
         return found
     if not isinstance(request, str):
         raise InputError(f"{name} takes names, regular expressions and predicates, got {describe(request)}.")
+    exact = tuple(key for key in keys if parameter_name(key) == request)
+    if len(exact) == 1:  # by far the most frequent case, and patterns of many names would be slow
+        return exact
     try:
         site = Site.parse(request)
     except SiteError as error:

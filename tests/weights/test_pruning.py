@@ -13,9 +13,10 @@ from torch.func import grad, vmap
 
 from tdhook import functionalize
 from tdhook.core.errors import InputError, ParamsError
-from tdhook.weights.pruning import Units, prune
+from tdhook.weights.pruning import prune, pruner
 from tdhook.weights.scores import magnitude
 from tdhook.weights.selection import flat
+from tdhook.weights.units import Units
 
 
 def model():
@@ -167,6 +168,36 @@ def test_a_sweep_over_amounts_is_the_loop(fp):
         swept = vmap(lambda a, o=options: f(prune(params, scores, a, **o).params, x))(amounts)
         looped = torch.stack([f(prune(params, scores, a, **options).params, x) for a in amounts.tolist()])
         torch.testing.assert_close(swept, looped)
+
+
+@pytest.mark.parametrize("options", [{}, {"scope": "tensor"}, {"structure": 0}, {"scope": "output"}])
+def test_a_pruner_ranks_once_for_all_amounts(fp, options, monkeypatch):
+    _, params = fp
+    pruned_by = pruner(params, magnitude, **options)
+    monkeypatch.setattr(torch.Tensor, "sort", None)
+    found = [pruned_by(amount) for amount in (0.0, 0.3, 1.0)]
+    swept = vmap(lambda a: pruned_by(a).params["4", "weight"], chunk_size=1)(torch.tensor([0.0, 0.3, 1.0]))
+    monkeypatch.undo()
+    for amount, pruned, weight in zip((0.0, 0.3, 1.0), found, swept):
+        expected = prune(params, magnitude, amount, **options)
+        assert torch.equal(pruned.params["4", "weight"], expected.params["4", "weight"])
+        assert torch.equal(pruned.mask["0", "weight"], expected.mask["0", "weight"])
+        assert torch.equal(weight, expected.params["4", "weight"])
+
+
+@pytest.mark.parametrize("count", range(7))
+def test_of_equal_scores_one_selection_and_a_ranking_take_the_same(count):
+    params = TensorDict(a=torch.ones(4), b=torch.ones(2))
+    scores = TensorDict(a=torch.tensor([1.0, 0.0, -0.0, torch.inf]), b=torch.tensor([0.0, -torch.inf]))
+    once, ranked = prune(params, scores, count), pruner(params, scores)(count)
+    for key in ("a", "b"):
+        assert torch.equal(once.mask[key], ranked.mask[key])
+    assert sum(int((~mask).sum()) for mask in once.mask.values()) == count
+
+
+def test_a_pruner_refuses_amounts_out_of_range(fp):
+    with pytest.raises(InputError, match=r"amount=1\.5 is a fraction"):
+        pruner(fp[1], magnitude)(1.5)
 
 
 def test_a_sweep_over_counts():

@@ -9,7 +9,8 @@ from tensordict import TensorDict
 from torch import nn
 from torch.func import grad, vmap
 
-from tdhook import functionalize
+from tdhook import functionalize, with_rules
+from tdhook.attribution.rules import Epsilon
 from tdhook.core.errors import GradientError, InputError, ParamsError, TargetError
 from tdhook.weights.pruning import prune
 from tdhook.weights.scores import fisher, gradient_x_weight, magnitude, optimal_brain_damage, taylor
@@ -150,3 +151,17 @@ def test_bad_input(net, batch):
         optimal_brain_damage(params, TensorDict({"1": torch.ones(2)}))
     with pytest.raises(ParamsError, match=r"is a .*\[2\] on cpu in curvature"):
         optimal_brain_damage(params, TensorDict({"0": {"weight": torch.ones(2).double()}}))
+
+
+def test_under_the_epsilon_rule_gradient_x_weight_is_the_relevance_of_weights():
+    """What a weight passes on: w_ij h_j R_i / z_i."""
+    torch.manual_seed(0)
+    f, params = functionalize(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).double())
+    x = torch.randn(5, 4, dtype=torch.float64)
+    ruled = with_rules(f, {"linear": Epsilon(1e-12)})
+    found = gradient_x_weight(ruled, params, x, lambda output: output[:, 1].sum())
+    hidden = x @ params["0", "weight"].mT + params["0", "bias"]
+    above = params["2", "weight"][1] * hidden.relu()
+    torch.testing.assert_close(found["2", "weight"][1], above.sum(0))
+    below = (above / hidden).mT @ x * params["0", "weight"]
+    torch.testing.assert_close(found["0", "weight"], below)
