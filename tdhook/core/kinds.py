@@ -45,7 +45,22 @@ SHAPES = words(
     "broadcast_shapes unsafe_view real imag"
 )
 _BILINEAR = frozenset(
-    {"matmul", "rmatmul", "mm", "bmm", "mv", "dot", "vdot", "vecdot", "inner", "outer", "einsum", "tensordot", "bilinear"}
+    {
+        "matmul",
+        "rmatmul",
+        "mm",
+        "bmm",
+        "mv",
+        "dot",
+        "vdot",
+        "vecdot",
+        "inner",
+        "outer",
+        "einsum",
+        "tensordot",
+        "bilinear",
+        "_grouped_mm",
+    }
 )
 _FUSED_BILINEAR = frozenset({"addmm", "addmv", "baddbmm", "addbmm"})
 _PRODUCTS = frozenset({"mul", "div", "rdiv", "prod", "square"})
@@ -175,7 +190,7 @@ def weight_position(name: str, active: Position, args: tuple, kwargs: Mapping[st
         # Where a network makes the weights and the other factor is fixed, the two change places.
         return weight if active != weight else 0 if args else "input"
     bias = bias_position(name, args, kwargs)
-    tensors: list[Position] = [p for p, value in enumerate(args) if isinstance(value, torch.Tensor)]
-    tensors += [name for name, value in kwargs.items() if isinstance(value, torch.Tensor)]
-    others = [p for p in tensors if p not in (active, bias)]
+    given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+    factors = [p for p, value in given.items() if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    others = [p for p in factors if p not in (active, bias)]
     return others[0] if len(others) == 1 else None

@@ -7,7 +7,7 @@ the embeddings of the integer ones) do. So a value that a rule, a `detach` or a 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -134,9 +134,9 @@ def addresses(plan: Plan | int) -> tuple[str, ...]:
 
 @torch.compiler.assume_constant_result
 def live_numbers(plan: Plan | int, lines: tuple[int, ...] | None = None) -> tuple[int, ...]:
-    """The numbers of the operations that the output depends on; with `lines` of those that have one of these lines."""
-    plan = plan if isinstance(plan, Plan) else _PLANS[plan]
-    return tuple(p.number for p in plan.table.values() if p.live and (lines is None or p.line in lines))
+    """The numbers of the operations that the output depends on, less views; with `lines` of those that have one of these."""
+    planned = (plan if isinstance(plan, Plan) else _PLANS[plan]).table.values()
+    return tuple(p.number for p in planned if p.live and (not p.alias if lines is None else p.line in lines))
 
 
 def check_sites(f: FunctionalModel, rules: Rules) -> None:
@@ -198,12 +198,18 @@ def _trace(
     def run(params: Any, inputs: Any, extra: tuple) -> Plan:
         with torch.enable_grad(), torch.inference_mode(False):
             inputs, seeds = _seeded(inputs)
-            planner = _Planner(f, rules, seeds)
+            planner = _Planner(f, rules, params, seeds)
             handlers = tuple(type(handler)(handler.wants) for handler in outer)
             output = f._run(params, inputs, extra, Execution((*handlers, planner)))
             return planner.plan(output)
 
-    return run_abstract_or_real(run, params, inputs, extra)
+    return run_abstract_or_real(run, *pytree.tree_map_only(Tensor, _below_derivatives, (params, inputs, extra)))
+
+
+def _below_derivatives(tensor: Tensor) -> Tensor:
+    """The tensor that a surrounding `grad` or `vjp` hides, for a model that asks for values; not what a vmap hides."""
+    below = unwrapped(tensor)
+    return below if below.ndim == tensor.ndim else tensor
 
 
 def _seeded(inputs: Any) -> tuple[Any, list[Tensor]]:
@@ -219,7 +225,7 @@ def _seeded(inputs: Any) -> tuple[Any, list[Tensor]]:
 class _Planner(Ruler):
     """Runs the model once and writes down the operations that depend on its input."""
 
-    def __init__(self, f: FunctionalModel, rules: Rules, seeds: list[Tensor]):
+    def __init__(self, f: FunctionalModel, rules: Rules, params: Any, seeds: list[Tensor]):
         super().__init__()
         self.rules, self.seeds = rules, seeds
         self.entry_wants = [_wants(f.base.blueprint.tree, entry) for entry in rules.entries]
@@ -231,6 +237,7 @@ class _Planner(Ruler):
         self.keep: list[Any] = []  # a storage that is freed would give its address to another
         self.activated: set[Any] = set()  # nodes of autograd: what modules that are an activation returned
         self.tainted: set[int] = set()  # storages of integers that depend on the inputs
+        self.learned = self._storages(list(_parameters(f, params)))
 
     def operation(self, frame: Frame, path: str, op: str, function: Callable, in_place: bool) -> Callable:
         within = (path, frame.counts.get((path, None), 0), op)
@@ -330,12 +337,12 @@ class _Planner(Ruler):
         given = [t for _, t in tensors((args, kwargs)) if not t.is_floating_point()]
         if not self._storages(given) & self.tainted:
             return
-        # Beside floating-point inputs, integers may also be positions in a table of constants, so embeddings only.
-        look_ups = _EMBEDDINGS if self.seeds else _LOOK_UPS
+        # A table of constants, such as the sines of positions, is not what is explained.
+        learned = op in _EMBEDDINGS or (op in _LOOK_UPS and bool(self._storages(args[:1]) & self.learned))
         for _, result in tensors(output):
             if not result.is_floating_point():
                 self.tainted |= self._storages(result)
-            elif op in look_ups:
+            elif learned:
                 result.requires_grad_()
 
     def _storages(self, value: Any) -> set[int]:
@@ -374,17 +381,21 @@ class _Planner(Ruler):
         table = {}
         for i, found in enumerate(self.found):
             o = found.operation
-            site = o.site if self.sites.get((found.key[0], o.name)) else replace(o.site, call=None)
             live = self._stops(found.line) or any(node in reachable for node in found.nodes)
             known = (o.name, o.group, o.active, o.of_input, o.nonnegative, o.gates)
             table[found.key] = Planned(
-                i, str(site), *known, found.line, live, found.has_constant, found.still, False, found.alias
+                i, str(self._site(found)), *known, found.line, live, found.has_constant, found.still, False, found.alias
             )
         absolute, mixed = self._read_by(list(table.values()))
         for found in self.found:
             if found.operation.of_input and absolute.issuperset(found.inputs):
                 table[found.key] = table[found.key]._replace(absolute=True)
         return Plan(table, frozenset(self.decomposed), absolute, mixed)
+
+    def _site(self, found: _Found) -> Site:
+        """The address of an operation, without the number of the call if there is only one."""
+        site = found.operation.site
+        return site if self.sites.get((found.key[0], site.op)) else replace(site, call=None)
 
     def _read_by(self, operations: list[Planned]) -> tuple[frozenset[int], tuple[tuple[int, str, str], ...]]:
         absolute: dict[int, str] = {}
@@ -401,7 +412,7 @@ class _Planner(Ruler):
         for i, entry in enumerate(self.rules.entries):
             if entry.sites is None or i in self.used:
                 continue
-            names = sorted({str(f.operation.site) for f in self.found if self._is_at(i, f.operation.site)})
+            names = sorted({str(self._site(f)) for f in self.found if self._is_at(i, f.operation.site)})
             why = (
                 f"there run {', '.join(names[:6])}, which it is not for, or which an earlier line has."
                 if names
@@ -429,6 +440,16 @@ def _is_activation(module: Any, active: tuple, names: list[str], output: Any) ->
     """Whether a module is an activation that is written out."""
     plain = len(active) == 1 and not module._modules and not module._parameters and isinstance(output, Tensor)
     return plain and len(names) > 1 and all(map(is_elementwise, names))
+
+
+def _parameters(f: FunctionalModel, params: Any) -> Iterator[Tensor]:
+    """The tensors in `params` that are parameters, not buffers."""
+    for key, owners in f.base.blueprint.tensor_names.items():
+        if owners[0][1] == "_parameters":
+            value = params
+            for name in key:
+                value = value[name]
+            yield value
 
 
 def _operands(operation: Operation) -> list[Tensor]:
@@ -474,7 +495,7 @@ def _active(args: tuple, kwargs: Mapping) -> tuple[Position, ...]:
 
 
 _EMBEDDINGS = ("embedding", "embedding_bag")
-_LOOK_UPS = (*_EMBEDDINGS, "getitem", "index_select", "gather", "take")
+_LOOK_UPS = ("getitem", "index_select", "gather", "take")
 _REARRANGING = words(
     "CloneBackward ViewBackward UnsafeViewBackward ReshapeAliasBackward PermuteBackward TransposeBackward TBackward "
     "UnsqueezeBackward SqueezeBackward ExpandBackward SliceBackward SelectBackward AliasBackward SplitBackward "

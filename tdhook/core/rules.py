@@ -69,9 +69,11 @@ class Operation:
         """`value` bit for bit, with the derivative of `moving`."""
         return self.constant(value) + (moving - self.constant(moving))
 
-    def scaled(self, value: Tensor, less: Tensor) -> Tensor:
-        """`value` bit for bit, with its derivative times 1 + `less`."""
-        return torch.addcmul(value, value - self.constant(value), self.constant(less))
+    def scaled(self, value: Tensor, by: Tensor | float | Callable[[Tensor], Tensor]) -> Tensor:
+        """`value` bit for bit, with its derivative times `by`, which may be a function of the value as a constant."""
+        fixed = self.constant(value)
+        # One pass over memory in each direction: on the way from the value to itself is nothing but the value.
+        return torch.lerp(fixed, value, by(fixed) if callable(by) else self.constant(by) if isinstance(by, Tensor) else by)
 
     def affine(self) -> Affine:
         """The operation as an affine map of its only active operand. Raises `RuleError` for another group."""
@@ -138,12 +140,14 @@ class Rule:
         groups: which operations it makes sense for; None for any.
         stops: nothing flows back through the operation, so what it returns does not depend on the input for what follows.
         absolute: where the operand is an input of the model, the cotangent that arrives there is the relevance itself.
+        smooth: second derivatives are meant to be those of what the rule returns, so that they are not refused.
         keeps: the rule compares with a run on a baseline: `keep` says what it wants of that.
     """
 
     groups: ClassVar[frozenset[str] | None] = None
     stops: ClassVar[bool] = False
     absolute: ClassVar[bool] = False
+    smooth: ClassVar[bool] = False
     keeps: ClassVar[bool] = False
 
     def __call__(self, operation: Operation) -> Any:
@@ -177,8 +181,6 @@ class Entry:
     def __post_init__(self) -> None:
         if not isinstance(self.rule, Rule):
             raise RuleError(f"{describe(self.rule)} is no rule; give one of tdhook.attribution.rules, or a subclass of Rule.")
-        if self.operations is not None:
-            object.__setattr__(self, "operations", frozenset(map(plain_name, self.operations)))
         for name in self.operations or ():
             if name not in GROUPS and name not in known_operations():
                 raise RuleError(
@@ -192,11 +194,13 @@ class Entry:
 
     def fits(self, operation: Operation) -> bool:
         """Whether the operation is meant, as far as the line itself can tell; sites and `first` are looked after elsewhere."""
-        if self.operations is not None and not {operation.name, operation.group} & self.operations:
+        # A word that is both, such as "matmul", means the group.
+        by_name = operation.name in {plain_name(name) for name in self.operations or () if name not in GROUPS}
+        if self.operations is not None and not by_name and operation.group not in self.operations:
             return False
         groups = type(self.rule).groups
         if groups is not None and operation.group not in groups:
-            if self.operations is not None and operation.name in self.operations:
+            if by_name:
                 raise RuleError(
                     f"{self.rule} cannot be given to {operation.site}, which is of the group {operation.group!r}; it is for "
                     f"{', '.join(sorted(groups))}."

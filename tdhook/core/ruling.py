@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .compat import grad_depth, is_compiling
+from .compat import grad_depth, is_compiling, unwrapped
 from .decompositions import DECOMPOSITIONS
 from .derivatives import Freezer
 from .errors import GradientError
@@ -103,7 +103,10 @@ class _Enforcer(Ruler):
 
     def _apply(self, rule: Rule, key: Key, planned: Planned, call: Callable, args: tuple, kwargs: dict) -> Any:
         reference = None if self.references is None else self.references.get(key)
-        operation = _running(planned, call, args, kwargs, reference, self._constant(key, planned))
+        constant = self._constant(key, planned)
+        if rule.smooth and isinstance(constant, _Detacher):
+            constant = _detached
+        operation = _running(planned, call, args, kwargs, reference, constant)
         return rule(replace(operation, nonnegative=False) if self.written else operation)
 
     def _constant(self, key: Key, planned: Planned) -> Callable[[Tensor], Tensor]:
@@ -198,14 +201,13 @@ class Probe:
         def moved(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or next(numbers) in planned.still:
                 return leaf
-            return _moved(leaf, by, planned.absolute)
+            return _moved(leaf.clone() if planned.name == "setitem" else leaf, by, planned.absolute)
 
         bound: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         for position in planned.active:
-            if planned.name == "setitem" and position == 0:
-                args[0].copy_(moved(args[0].clone()))  # it goes on as this very tensor
-            else:
-                bound[position] = pytree.tree_map(moved, bound[position])
+            bound[position] = pytree.tree_map(moved, bound[position])
+        if planned.name == "setitem" and 0 in planned.active:
+            bound[0] = args[0].copy_(bound[0])  # it goes on as this very tensor
         return tuple(bound[i] for i in range(len(args))), {name: bound[name] for name in kwargs}
 
     def result(self, planned: Planned, output: Any, unruled: bool, args: tuple) -> Any:
@@ -235,14 +237,18 @@ def out_of_place(function: Callable) -> Callable:
 
 
 def decomposed(frame: Frame, op: str, function: Callable) -> Callable:
-    """A fused operation carried out in parts, each of which is an operation of the same module; its own values are kept."""
+    """A fused operation carried out in parts, each of which is an operation of the same module; its own values are kept.
+
+    Under vmap it has the values of its parts, equal up to rounding: torch cannot batch recurrent layers.
+    """
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with OperationMode(frame):
             parts = DECOMPOSITIONS[op](*args, **kwargs)
-        with torch.no_grad():
-            whole = function(*args, **kwargs)
-        return _with_values(whole, parts)
+        if not is_compiling() and any(unwrapped(t).ndim > t.ndim for _, t in tensors((args, kwargs))):
+            return parts
+        # Not under no_grad, where torch may choose a kernel with other rounding.
+        return _with_values(function(*args, **kwargs), parts)
 
     return run
 

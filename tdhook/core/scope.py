@@ -167,13 +167,13 @@ class Frame:
         if (taps or own is not function) and in_place and args and isinstance(args[0], Tensor):
             # `x.relu_()` without assignment: the model goes on with x, so the written value has to be in x. The operation
             # itself writes into a copy, which its backward may keep.
-            target, args = args[0], (args[0].clone(), *args[1:])
+            target, args = args[0], (note(args[0].clone(), noted(args[0])), *args[1:])
         output = own(*args, **kwargs)
         if self.observer is not None:
             self.observer.operation(path, op, call, args, kwargs, output)
         if taps:
             output = self._visit_output(taps, op, call, output)
-        return output if target is None else target.copy_(output)
+        return output if target is None else note(target.copy_(output), noted(output))
 
     def _count(self, path: str, op: str | None) -> int:
         call = self.counts.get((path, op), 0)
@@ -218,6 +218,18 @@ class Frame:
             if new is not tensor:
                 value = structure.put_in(value, place, new)
         return value
+
+
+def note(value: Tensor, something: Any) -> Tensor:
+    """`value`, with something that a rule wants to know of it later in the run; None for nothing."""
+    if something is not None or noted(value) is not None:
+        value._tdhook_note = something  # type: ignore[attr-defined]
+    return value
+
+
+def noted(value: Tensor) -> Any:
+    """What is noted on a value."""
+    return getattr(value, "_tdhook_note", None)
 
 
 def module_path(site: Site) -> str:

@@ -60,7 +60,8 @@ def atp_star(
     Args:
         f: functional model, with attention patterns that can be reached (`attn_implementation="eager"`) for the fix.
         params: its parameters.
-        clean, corrupted: as for `attribution_patching`.
+        clean: as for `attribution_patching`.
+        corrupted: as for `attribution_patching`.
         metric: as for `attribution_patching`.
         sites: as for `attribution_patching`; the fix is made at `names.query` and `names.key`, other sites go without.
         names: standard names; None to find them.

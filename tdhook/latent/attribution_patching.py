@@ -68,7 +68,8 @@ def attribution_patching(
     Args:
         f: functional model.
         params: its parameters.
-        clean, corrupted: two inputs of the same structure and shapes.
+        clean: one input.
+        corrupted: the other one, of the same structure and shapes.
         metric: function of the output to a tensor [] or [B]. With [B] each example is taken to depend on itself alone, and the
             first axis of the values to be that of the examples.
         sites: as for `activation_patching`.
@@ -135,7 +136,8 @@ def integrated_gradient_patching(
     Args:
         f: functional model.
         params: its parameters.
-        clean, corrupted: as for `attribution_patching`.
+        clean: as for `attribution_patching`.
+        corrupted: as for `attribution_patching`.
         metric: as for `attribution_patching`.
         sites: as for `attribution_patching`.
         along: None for a line at each site by itself; or one site before all others, whose values move.

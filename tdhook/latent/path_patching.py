@@ -67,7 +67,8 @@ def path_patching(
     Args:
         f: functional model.
         params: its parameters.
-        clean, corrupted: two inputs of the same structure and shapes.
+        clean: one input.
+        corrupted: the other one, of the same structure and shapes.
         metric: function of the output to a tensor [] or [B].
         senders: where paths begin, each site and place by itself; as `sites` of `activation_patching`.
         receivers: where they end, all at once: addresses, such as the inputs of attention (`"h.9.attn:in"`), queries

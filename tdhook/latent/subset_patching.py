@@ -61,7 +61,8 @@ def subset_patching(
     Args:
         f: functional model.
         params: its parameters.
-        clean, corrupted: as for `activation_patching`.
+        clean: as for `activation_patching`.
+        corrupted: as for `activation_patching`.
         metric: as for `activation_patching`.
         sites: the nodes, as for `activation_patching`.
         positions: as there.

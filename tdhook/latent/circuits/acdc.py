@@ -91,7 +91,9 @@ def acdc(
                 if threshold > 0:
                     kept[waiting] = False
                     mask[waiting] = 1
-                continue
+                waiting = []
+                if progress is not None:
+                    progress(done, len(graph))
             while waiting:
                 tried = waiting[:size]
                 masks = mask.repeat(len(tried), 1)

@@ -73,7 +73,7 @@ def eap(
     _check("eap", f, metric)
     values = ablation_values(f, params, clean, corrupted, graph, ablation)
     g = masked(f, graph, "detached")
-    mask = _zeros(graph, clean, values, per_example)
+    mask = _zeros(graph, params, clean, values, per_example)
     return _gradient(lambda m: g(params, clean, values, m), metric, mask, per_example)
 
 
@@ -138,7 +138,7 @@ def eap_ig(
     require_positive("chunk_size", chunk_size, optional=True)
     nodes, weights = quadrature_rule(quadrature, steps)
     values = ablation_values(f, params, clean, corrupted, graph, ablation)
-    mask = _zeros(graph, clean, values, per_example)
+    mask = _zeros(graph, params, clean, values, per_example)
 
     def along(gradient_at: Callable[[Tensor], Tensor]) -> Tensor:
         total = torch.zeros_like(mask)
@@ -184,14 +184,15 @@ def _check(method: str, f: FunctionalModel, metric: Any) -> None:
     warn_if_stochastic(f, method)
 
 
-def _zeros(graph: EdgeGraph, clean: Any, ablation: Ablation, per_example: bool) -> Tensor:
+def _zeros(graph: EdgeGraph, params: Any, clean: Any, ablation: Ablation, per_example: bool) -> Tensor:
     """Mask 0, of the dtype and device of what is written."""
     first = next((tensor for _, tensor in tensors(clean)), None)
     if first is None or first.ndim == 0:
         raise InputError(f"clean is {describe(clean)}; give a tensor of B examples, or a structure of them.")
-    like = ablation if isinstance(ablation, Tensor) else first
-    dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
-    return torch.zeros(*first.shape[: int(per_example)], len(graph), dtype=dtype, device=like.device)
+    known = [ablation] if isinstance(ablation, Tensor) else [first, *(tensor for _, tensor in tensors(params))]
+    like = next((tensor for tensor in known if tensor.is_floating_point()), None)
+    dtype = torch.get_default_dtype() if like is None else like.dtype
+    return torch.zeros(*first.shape[: int(per_example)], len(graph), dtype=dtype, device=first.device)
 
 
 def _gradient(run: Callable[[Tensor], Any], metric: Metric, mask: Tensor, per_example: bool) -> Tensor:
@@ -206,7 +207,6 @@ def _gradient(run: Callable[[Tensor], Any], metric: Metric, mask: Tensor, per_ex
     return torch.func.grad(total)(mask)
 
 
-@torch.compiler.assume_constant_result
 def _edges_of_groups(graph: EdgeGraph) -> list[Tensor]:
     """For each group of writers which edges leave it: bool Tensors [E]."""
     found = []

@@ -268,7 +268,6 @@ class _EdgeMasker(Handler):
         return value
 
 
-@torch.compiler.assume_constant_result
 def sites_of(parts: Sequence[WriterGroup | ReaderGroup]) -> list[str]:
     return list(dict.fromkeys(site for part in parts for site in part.sites))
 

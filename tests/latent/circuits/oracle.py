@@ -74,10 +74,11 @@ def llama(net: nn.Module, ids: Tensor, streams: Streams, embedding: Tensor | Non
     size = start.shape[-1] // heads
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
-        return x / (x.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt() * weight
+        single = x.float()  # as the library does
+        return weight * (single / (single.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()).to(x.dtype)
 
     def rotated(x: Tensor) -> Tensor:
-        frequency = 10000.0 ** (-torch.arange(0, size, 2) / size)  # in single precision, as the library does
+        frequency = 1 / 10000.0 ** (torch.arange(0, size, 2).float() / size)  # in single precision, as the library does
         angle = torch.arange(x.shape[-2])[:, None] * frequency
         cos, sin = (torch.cat([part, part], -1).to(x.dtype) for part in (angle.cos(), angle.sin()))
         return x * cos + torch.cat([-x[..., size // 2 :], x[..., : size // 2]], -1) * sin

@@ -38,10 +38,14 @@ def some(c: Case, count: int = 12) -> Tensor:
 def test_eap_is_the_slope_of_the_written_out_model_at_mask_0(name: str) -> None:
     c = case(name)
     scores = eap(*c.ends, difference, graph=c.graph)
-    for edge in some(c).tolist():
-        step = zeros(c).index_fill(0, torch.tensor(edge), 1e-5)
-        slope = (difference(c.oracle(step)) - difference(c.oracle(-step))).mean() / 2e-5
-        torch.testing.assert_close(scores[edge], slope, rtol=1e-5, atol=1e-8)
+    mask = zeros(c).requires_grad_()
+    (slopes,) = torch.autograd.grad(difference(c.oracle(mask)).mean(), mask)
+    torch.testing.assert_close(scores, slopes, rtol=1e-5, atol=1e-5)
+    if name == "gpt2":  # the norms of Llama are in single precision, too coarse for differences
+        for edge in some(c, 4).tolist():
+            step = zeros(c).index_fill(0, torch.tensor(edge), 1e-5)
+            slope = (difference(c.oracle(step)) - difference(c.oracle(-step))).mean() / 2e-5
+            torch.testing.assert_close(scores[edge], slope, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", list(ORACLES))
@@ -51,7 +55,7 @@ def test_edge_patching_is_the_written_out_model_with_one_edge_ablated(name: str)
     effects = edge_patching(*c.ends, difference, graph=c.graph, edges=chosen, per_example=True)
     masks = zeros(c, len(chosen)).scatter(1, chosen[:, None], 1)
     expected = torch.stack([difference(c.oracle(mask)) - difference(c.oracle(zeros(c))) for mask in masks], 1)
-    torch.testing.assert_close(effects, expected)
+    torch.testing.assert_close(effects, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "heads"), [("gpt_neox", True), ("phi", False), ("gemma2", False), ("gpt2", False)])
@@ -111,10 +115,10 @@ def test_integrated_along_inputs_is_the_mean_gradient_of_the_written_out_model(n
         moved = c.oracle(mask, embedding=embedding, differences=c.values - before)
         expected += torch.autograd.grad(difference(moved).mean(), mask)[0] / 3
     scores = eap_ig(*c.ends, difference, graph=c.graph, steps=3, quadrature="riemann_right")
-    torch.testing.assert_close(scores, expected)
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("ablation", [None, 0.0])
+@pytest.mark.parametrize("ablation", [None, 0.5])
 def test_along_the_mask_scores_sum_to_the_effect_of_ablating_everything(ablation: Any) -> None:
     c = case("gpt2")
     corrupted = c.corrupted if ablation is None else None
@@ -126,7 +130,7 @@ def test_along_the_mask_scores_sum_to_the_effect_of_ablating_everything(ablation
 
 
 def test_along_activations_scores_of_a_node_sum_to_patching_it() -> None:
-    c = case("llama", heads=False)
+    c = case("gpt2", heads=False)
     scores = eap_ig(*c.ends, difference, graph=c.graph, path="activations", steps=24)
     g = mask_edges(c.f, c.graph)
     base = difference(c.f(c.params, c.clean))
@@ -191,7 +195,7 @@ def test_alike_pairs_have_no_effects() -> None:
     c = case("gpt2")
     ends = (c.f, c.params, c.clean, c.clean, difference)
     assert not eap(*ends, graph=c.graph).any()
-    assert not edge_patching(*ends, graph=c.graph, edges=some(c)).any()
+    assert edge_patching(*ends, graph=c.graph, edges=some(c)).abs().max() < 1e-12
 
 
 def test_progress_counts_edges() -> None:
@@ -201,7 +205,7 @@ def test_progress_counts_edges() -> None:
     edge_patching(
         f, params, torch.ones(1, 1, 2), torch.zeros(1, 1, 2), metric, graph=graph, progress=lambda *at: seen.append(at)
     )
-    assert seen == [(2, 13), (8, 13), (13, 13)] or seen[-1] == (13, 13)
+    assert seen[0] == (1, 13) and seen[-1] == (13, 13) and seen == sorted(seen)
 
 
 @pytest.mark.parametrize("method", [eap, eap_ig])
@@ -234,12 +238,13 @@ def test_the_mean_over_a_data_set_does_not_depend_on_the_batches() -> None:
     metric = lambda out: out[:, -1].square().sum(-1)  # noqa: E731
     scores = lambda a, b: eap(f, params, a, b, metric, graph=graph, per_example=True)  # noqa: E731
     every = scores(clean, corrupted)
+    seen: list[tuple[int, int]] = []
     for sizes in ([5], [2, 2, 1]):
-        seen: list[tuple[int, int]] = []
-        found = mean_over_pairs(scores, zip(clean.split(sizes), corrupted.split(sizes)), progress=lambda *at: seen.append(at))
+        pairs = zip(clean.split(sizes), corrupted.split(sizes))
+        found = mean_over_pairs(scores, pairs, progress=lambda *at: seen.append(at))
         torch.testing.assert_close(found.value, every.mean(0))
         torch.testing.assert_close(found.standard_error, every.std(0) / 5**0.5)
-        assert seen[-1] == (5, len(sizes))
+    assert seen == [(5, 1), (2, 1), (4, 2), (5, 3)]
     with pytest.raises(InputError, match="pairs is empty"):
         mean_over_pairs(scores, [])
     with pytest.raises(InputError, match="per_example=True"):
@@ -248,7 +253,7 @@ def test_the_mean_over_a_data_set_does_not_depend_on_the_batches() -> None:
 
 def test_bad_requests_say_what_to_give() -> None:
     c = case("llama", heads=False)
-    f, params, clean, corrupted = c.ends
+    f, params, clean, _ = c.ends
     for method in (eap, edge_patching):
         with pytest.raises(InputError, match="choose prompts of the same length"):
             method(f, params, clean, {"input_ids": clean["input_ids"][:, :4]}, difference, graph=c.graph)

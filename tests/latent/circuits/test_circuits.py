@@ -1,0 +1,241 @@
+"""Laws of graphs and circuits: who is in them, what ACDC keeps, and how a circuit is judged."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import tdhook
+from tdhook.core.errors import InputError, SiteError, TargetError
+from tdhook.latent.circuits import (
+    Circuit,
+    EdgeGraph,
+    Reader,
+    Writer,
+    acdc,
+    completeness,
+    eap,
+    edge_graph,
+    edge_overlap,
+    evaluate,
+    faithfulness,
+    kl_divergence_from,
+    mask_edges,
+    top_edges,
+)
+
+from ..families import named, plain
+from .cases import Case, case, difference, micro
+
+
+def ladder() -> EdgeGraph:
+    """Two nodes, a and b, between x and y."""
+    return EdgeGraph.of(
+        [
+            Writer("x", "0"),
+            Reader("a in", "1:in", feeds=("a",)),
+            Writer("a", "1"),
+            Reader("b in", "2:in", feeds=("b",)),
+            Writer("b", "2"),
+            Reader("y", "3:in"),
+        ]
+    )
+
+
+def test_the_nodes_of_each_family() -> None:
+    sequential, grouped, parallel = (case(name).graph for name in ("gpt2", "llama", "gpt_neox"))
+    assert sequential.writers[:6] == ("embedding", "head 0.0", "head 0.1", "head 0.2", "head 0.3", "mlp 0")
+    assert len(sequential) == 12 * 1 + 5 + 12 * 6 + 10 + 11
+    assert grouped.readers[:9] == (*(f"query 0.{h}" for h in range(4)), "key 0.0", "key 0.1", "value 0.0", "value 0.1", "mlp 0")
+    assert len(grouped) == 8 * 1 + 5 + 8 * 6 + 10 + 11
+    assert ("head 0.0", "mlp 0") not in parallel.edges and ("head 0.0", "mlp 1") in parallel.edges
+    group = grouped.feeds[grouped.readers.index("key 1.1")]
+    assert [grouped.writers[w] for w in group] == ["head 1.2", "head 1.3"]
+    assert case("llama", heads=False).graph.readers == ("attention 0", "mlp 0", "attention 1", "mlp 1", "logits")
+
+
+def test_edges_have_numbers_and_names() -> None:
+    graph = case("llama").graph
+    assert [graph.edge(i) for i in range(len(graph))] == list(graph.edges)
+    assert graph.index(graph.edges).tolist() == list(range(len(graph)))
+    assert graph.edge(len(graph) - 1) == ("mlp 1", "logits")
+    assert [graph.edge(i)[0] for i in graph.of_writer("mlp 1").tolist()] == ["mlp 1"]
+    assert len(graph.of_reader("mlp 1")) == 10
+
+
+def test_a_graph_is_printed_and_so_are_scores() -> None:
+    graph = case("llama").graph
+    assert repr(graph) == "EdgeGraph(11 writers, 19 readers, 82 edges)"
+    assert "reads   query 1.0 .. value 1.1 (8)  model.layers.1:in" in str(graph)
+    scores = torch.zeros(82).index_fill(0, torch.tensor([81]), -2.5)
+    assert graph.table(scores, 1) == "mlp 1 -> logits  -2.5"
+    circuit = Circuit.of(graph, [("embedding", "logits")])
+    assert str(circuit) == "Circuit(1 of 82 edges)\nembedding -> logits" and circuit.nodes == ("embedding",)
+
+
+def test_models_without_such_a_graph_say_why() -> None:
+    f, params, inputs, found = named("bert")
+    with pytest.raises(SiteError, match=r"normalised after each write .* by hand, with EdgeGraph\.of"):
+        edge_graph(f, params, inputs, names=found)
+    f, params, inputs, found = named("gemma2")
+    with pytest.raises(SiteError, match="not the sum of its heads; take the coarse graph, with heads=False"):
+        edge_graph(f, params, inputs, names=found)
+    f, params = tdhook.functionalize(plain())
+    ids = torch.randint(0, 30, (2, 5))
+    with pytest.raises(SiteError, match="is no linear map of '1:in'"):
+        edge_graph(f, params, ids)
+    graph = edge_graph(f, params, ids, heads=False)
+    output = mask_edges(f, graph)(params, ids, 0.0, torch.zeros(len(graph)))
+    assert torch.equal(output, f(params, ids))
+    with pytest.raises(InputError, match="names is 3"):
+        edge_graph(f, params, ids, names=3)
+
+
+def test_bad_nodes_say_what_to_give() -> None:
+    with pytest.raises(InputError, match=r"nodes holds 'x' of type str; give Writer\(name, site\)"):
+        EdgeGraph.of(["x"])
+    with pytest.raises(InputError, match="two writers are called 'x'"):
+        EdgeGraph.of([Writer("x", "0"), Writer("x", "1"), Reader("y", "2")])
+    with pytest.raises(InputError, match="reader 'y' feeds 'x', which is no writer that comes after it"):
+        EdgeGraph.of([Writer("x", "0"), Reader("y", "2", feeds=("x",))])
+    with pytest.raises(InputError, match="the graph has no edge"):
+        EdgeGraph.of([Reader("y", "2"), Writer("x", "0")])
+    graph = case("llama").graph
+    with pytest.raises(InputError, match=r"the graph has no writer 'head 1.7'\. Did you mean"):
+        Circuit.of(graph, [("head 1.7", "logits")])
+    with pytest.raises(InputError, match="the graph has no reader 'logit'"):
+        Circuit.of(graph, [("mlp 1", "logit")])
+    with pytest.raises(InputError, match="no edge 'mlp 1' -> 'mlp 0': the writer comes after the reader"):
+        Circuit.of(graph, [("mlp 1", "mlp 0")])
+    with pytest.raises(InputError, match="an edge is a pair"):
+        Circuit.of(graph, ["mlp 1"])
+    with pytest.raises(InputError, match="give a bool tensor"):
+        Circuit(graph, torch.ones(82))
+    with pytest.raises(InputError, match=r"give a tensor \[..., 82\]"):
+        top_edges(graph, torch.ones(3), 1)
+    with pytest.raises(InputError, match="method='best' is unknown; choose from top, greedy"):
+        top_edges(graph, torch.ones(82), 1, method="best")
+    with pytest.raises(InputError, match="count"):
+        top_edges(graph, torch.ones(82), -1)
+    with pytest.raises(InputError, match=r"scores is .* give \[82\]"):
+        top_edges(graph, torch.ones(2, 82), 1)
+    with pytest.raises(InputError, match="edge 82 is out of range"):
+        graph.edge(82)
+
+
+def test_dangling_edges_are_pruned() -> None:
+    graph = ladder()
+    kept = [("x", "a in"), ("a", "b in"), ("b", "y")]
+    assert Circuit.of(graph, kept).pruned().edges == tuple(kept)
+    assert Circuit.of(graph, kept[:2]).pruned().edges == ()  # nothing reaches y
+    assert Circuit.of(graph, kept[1:]).pruned().edges == ()  # nothing starts at x
+    assert Circuit.of(graph, [*kept[:2], ("x", "y")]).pruned().edges == (("x", "y"),)
+
+
+def test_pruning_changes_nothing_of_what_a_circuit_computes() -> None:
+    c = case("llama")
+    scores = eap(*c.ends, difference, graph=c.graph)
+    circuits = [top_edges(c.graph, scores, n, prune=False) for n in (8, 20, 40)]
+    assert any(len(circuit.pruned()) < len(circuit) for circuit in circuits)
+    whole = evaluate(*c.ends, circuits, difference).value
+    torch.testing.assert_close(evaluate(*c.ends, [x.pruned() for x in circuits], difference).value, whole)
+
+
+def test_the_highest_edges() -> None:
+    graph = ladder()  # x>a, x>b, a>b, x>y, a>y, b>y
+    scores = torch.tensor([1.0, -9.0, 8.0, 0.0, 2.0, -3.0])
+    assert top_edges(graph, scores, 2, prune=False).edges == (("x", "b in"), ("a", "b in"))
+    assert top_edges(graph, scores, 2, absolute=False, prune=False).edges == (("a", "b in"), ("a", "y"))
+    assert len(top_edges(graph, scores, 2)) == 0
+    assert top_edges(graph, scores, 2, method="greedy", prune=False).edges == (("x", "b in"), ("b", "y"))
+    assert len(top_edges(graph, scores, 99)) == 6 and len(top_edges(graph, scores, 0, method="greedy")) == 0
+
+
+def test_overlap() -> None:
+    scores = torch.tensor([1.0, -9.0, 8.0, 0.0])
+    assert edge_overlap(scores, -scores, 2) == 1 and edge_overlap(scores, -scores, 1, absolute=False) == 0
+    with pytest.raises(InputError, match="count=9"):
+        edge_overlap(scores, scores, 9)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_whole_graph_is_faithful_and_no_edge_is_not(name: str) -> None:
+    c = case(name)
+    every = Circuit(c.graph, torch.ones(len(c.graph), dtype=torch.bool))
+    circuits = [every, every.complement]
+    found = evaluate(*c.ends, circuits, difference, chunk_size=1)
+    torch.testing.assert_close(found.value[0], difference(c.f(c.params, c.clean)))
+    torch.testing.assert_close(found.value[1], difference(c.f(c.params, c.corrupted)))
+    ends = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(faithfulness(*c.ends, circuits, difference), ends)
+    torch.testing.assert_close(completeness(*c.ends, circuits, difference), 1 - ends)
+    torch.testing.assert_close(faithfulness(*c.ends, every, difference), ends[0])
+    one = Circuit.of(c.graph, [("mlp 0", "logits"), ("embedding", "mlp 0")])
+    expected = difference(c.oracle(one.mask(torch.float64)))
+    torch.testing.assert_close(evaluate(*c.ends, one, difference).value, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bad_circuits_say_what_to_give() -> None:
+    c = case("gpt2")
+    with pytest.raises(InputError, match="circuits is empty"):
+        evaluate(*c.ends, [], difference)
+    with pytest.raises(InputError, match="circuits holds 3"):
+        evaluate(*c.ends, [3], difference)
+    with pytest.raises(InputError, match="of several graphs"):
+        evaluate(*c.ends, [Circuit.of(c.graph, []), Circuit.of(ladder(), [])], difference)
+
+
+def one_by_one(c: Case, loss: object, threshold: float) -> Tensor:
+    """ACDC as it is told: edge after edge, from the output to the input."""
+    g = mask_edges(c.f, c.graph)
+    run = lambda mask: loss(g(c.params, c.clean, c.values, mask)).mean()  # type: ignore[operator]  # noqa: E731
+    mask = torch.zeros(len(c.graph), dtype=torch.float64)
+    order = [c.graph.starts[r] + w for r in reversed(range(len(c.graph.readers))) for w in reversed(range(c.graph.before[r]))]
+    for edge in order:
+        without = mask.index_fill(0, torch.tensor(edge), 1)
+        if run(without) - run(mask) < threshold:
+            mask = without
+    return mask == 0
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 64])
+@pytest.mark.parametrize("threshold", [1e-3, 0.05])
+def test_acdc_decides_as_edge_after_edge_does(threshold: float, chunk_size: int) -> None:
+    c = case("gpt2", heads=False)
+    loss = kl_divergence_from(c.f(c.params, c.clean), key="logits", position=-1)
+    found = acdc(*c.ends, loss, graph=c.graph, threshold=threshold, chunk_size=chunk_size)
+    expected = one_by_one(c, loss, threshold)
+    assert torch.equal(found.kept, expected) and 0 < len(found) < len(c.graph)
+
+
+def test_acdc_at_its_ends() -> None:
+    c = case("llama", heads=False)
+    loss = kl_divergence_from(c.f(c.params, c.clean), key="logits")
+    assert len(acdc(*c.ends, loss, graph=c.graph, threshold=float("inf"))) == 0
+    assert len(acdc(*c.ends, loss, graph=c.graph, threshold=float("-inf"))) == len(c.graph)
+    seen: list[tuple[int, int]] = []
+    acdc(*c.ends, loss, graph=c.graph, threshold=0.1, progress=lambda *at: seen.append(at))
+    assert seen[-1] == (15, 15)
+    with pytest.raises(InputError, match="threshold is 'low'"):
+        acdc(*c.ends, loss, graph=c.graph, threshold="low")
+    with pytest.raises(InputError, match="chunk_size"):
+        acdc(*c.ends, loss, graph=c.graph, threshold=0.1, chunk_size=0)
+
+
+def test_divergence_is_that_of_torch() -> None:
+    first, second = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
+    kl = torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=x) for x in (first, second)))
+    torch.testing.assert_close(kl_divergence_from(first)(second), kl.mean(1))
+    torch.testing.assert_close(kl_divergence_from({"a": first}, key="a", position=-1)({"a": second}), kl[:, -1])
+    with pytest.raises(TargetError, match="needs logits"):
+        kl_divergence_from({"a": first})
+
+
+def test_micro_circuit_by_hand() -> None:
+    f, params, graph = micro()
+    circuit = Circuit.of(graph, [("in", "out"), ("in", "in 0.0"), ("0.0", "out")])
+    metric = lambda out: out[:, -1, 0]  # noqa: E731
+    found = evaluate(f, params, torch.ones(1, 1, 2), None, circuit, metric, ablation=0.0)
+    assert found.value.tolist() == [2.0] and found.clean.tolist() == [25.0] and found.ablated.tolist() == [0.0]
+    torch.testing.assert_close(found.normalized, torch.tensor(2 / 25))
