@@ -1,34 +1,25 @@
-"""Worker of `benchmarks.remote` for the package `tdhook` of PyPI, which has our import name.
-
-It is run with its own interpreter and `-P`, so that neither this folder nor the working directory is importable.
-"""
+"""Worker for the package `tdhook` of PyPI, which has our import name."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import sys
-from importlib import metadata
+from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
+from typing import Any
 
 import torch
 from tensordict import TensorDict
+from torch import Tensor, nn
 
-from tdhook.attribution import IntegratedGradients
+sys.path.append(str(Path(__file__).parent))
 
-
-def neighbour(name: str):
-    """A file of `benchmarks/`, loaded without its package: both are free of what this environment lacks."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from worker import neighbour, serve
 
 
-def prepare(threads: int, steps: int, targets: list[int], **sizes: int):
+def integrated_gradients(steps: int, targets: list[int], **sizes: int) -> Callable[[], list[Tensor]]:
     """Integrated gradients of the sum of several targets: what a run returns is [B, *features]."""
-    torch.set_num_threads(threads)
+    from tdhook.attribution import IntegratedGradients
+
     model, inputs = neighbour("mlp").mlp(targets=targets, **sizes)
     method = IntegratedGradients(
         init_attr_targets=lambda out, _: TensorDict({"chosen": out["output"][..., targets]}, out.batch_size),
@@ -39,7 +30,7 @@ def prepare(threads: int, steps: int, targets: list[int], **sizes: int):
     # entered once: setting the hooks is not what is timed
     hooked = method.prepare(model).__enter__()
 
-    def run() -> list[torch.Tensor]:
+    def run() -> list[Tensor]:
         given = {"input": inputs, ("baseline", "input"): torch.zeros_like(inputs)}
         result = hooked(TensorDict(given, batch_size=len(inputs)))
         return [result["attr", "input"].detach()]
@@ -47,25 +38,64 @@ def prepare(threads: int, steps: int, targets: list[int], **sizes: int):
     return run
 
 
-def main() -> None:
-    run = None
-    for line in sys.stdin:
-        command = json.loads(line)
-        if "prepare" in command:
-            run = prepare(**command["prepare"])
-            answer = {name: metadata.version(name) for name in ("tdhook", "torch", "tensordict")}
-        elif "run" in command:
-            start = perf_counter()
-            for _ in range(command["run"]):
-                run()
-            answer = {"seconds": (perf_counter() - start) / command["run"]}
-        elif "result" in command:
-            torch.save(run(), command["result"])
-            answer = {}
-        else:
-            answer = {"bytes": neighbour("peak").peak_of(run)}
-        print(json.dumps(answer), flush=True)
+def gpt2_cache(size: str, batch: int) -> Callable[[], list[Tensor]]:
+    """The outputs of all modules; returns the logits, the first MLP's and the last block's."""
+    from tdhook.latent import ActivationCaching
+
+    gpt2 = neighbour("gpt2")
+    model, ids = Logits(gpt2.gpt2(size)), gpt2.hello(batch)
+    # of what returns several values, as attention does, it caches what a callback chooses
+    caching = ActivationCaching(r"^model\.(?!transformer$)", callback=lambda module, args, output, **_: _first(output))
+    hooked = caching.prepare(model, in_keys=["ids"], out_keys=["logits"]).__enter__()
+    last = len(model.model.transformer.h) - 1
+
+    @torch.no_grad()
+    def run() -> list[Tensor]:
+        result = hooked(TensorDict({"ids": ids}, batch_size=batch))
+        cache = result["cache"]
+        return [result["logits"], cache["model.transformer.h.0.mlp"], cache[f"model.transformer.h.{last}"]]
+
+    return run
+
+
+class Logits(nn.Module):
+    """A language model that returns the tensor only."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(ids, use_cache=False).logits
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def mlp_intervene(additions: int, **sizes: int) -> Callable[[], list[Tensor]]:
+    """See `benchmarks.mlp_intervene`."""
+    from tdhook.session import HookSession
+    from tdhook.targets import Target
+
+    model, x = neighbour("mlp").mlp(**sizes)
+    units = tuple(range(sizes["width"]))
+    first, before_last = (Target(f"layers[{i}]", "activation", -1, units) for i in (0, len(model.layers) - 2))
+
+    @torch.no_grad()
+    def run() -> list[Tensor]:
+        with HookSession(model) as session:
+            read = session.capture(first)
+            session.replace(before_last, read)
+            for _ in range(additions):
+                session.replace(before_last, session.capture(before_last), transform=lambda value: value + 1)
+            written = session.capture(before_last)
+            model(x)
+        return [read.values[0], written.values[0], model.layers[-1](written.values[0])]
+
+    return run
 
 
 if __name__ == "__main__":
-    main()
+    tasks = {"integrated_gradients": integrated_gradients, "gpt2_cache": gpt2_cache, "mlp_intervene": mlp_intervene}
+    serve(tasks, ("tdhook", "torch", "tensordict"))

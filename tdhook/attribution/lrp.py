@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-from torch.utils import _pytree as pytree
-
-from ..core.checks import require_gradients, require_positive, warn_if_stochastic
-from ..core.errors import InputError, RuleError
-from ..core.explained import explained, target_gradients
-from ..core.planning import absolute_inputs
-from ..core.ruling import Ruled, plan_of, with_rules
-from ..core.targets import Targets, check
-from ..core.transforms import Sites, require_sites
+from ..core.targets import Targets
+from ..core.transforms import Sites, exact_wants
+from .absorbed import Ledger, absorbed_relevance
+from .relevance import check_options, propagated, ready, ruled
 
 
 def lrp(
@@ -25,6 +19,7 @@ def lrp(
     targets: Targets = None,
     at: Sites | None = None,
     start: str = "value",
+    absorbed: bool = False,
     chunk_size: int | None = None,
 ) -> Any:
     """Relevance of inputs, or of the values at sites, for scalars of the output.
@@ -39,75 +34,47 @@ def lrp(
         targets: which scalars F of the output to explain; see `tdhook.targets`. None: the output is Tensor [B].
         at: sites to explain instead of the inputs.
         start: the relevance that F starts with: `"value"` for F itself, `"one"` for 1.
-        chunk_size: how many targets are pulled back at once; None for all. It bounds memory and does not change the result.
+        absorbed: also tell which operation takes up how much relevance.
+        chunk_size: how many targets (with `absorbed` also: pairs of a target and an example) are pulled back at once; None
+            for all. It bounds memory and does not change the result.
 
     Returns:
         In the structure of `inputs` (None in place of what has no gradient), or a TensorDict keyed by site for `at`; with a
         leading dimension T for plural targets. It can be differentiated: then a second run gives the coefficients.
+
+        With `absorbed` a `Ledger(relevance, absorbed)`. `absorbed` is a TensorDict from the address of each operation to a
+        Tensor [B] ([T, B]): biases, class tokens and position embeddings at the operation that adds or joins them, norms,
+        softmax, products and other functions that a rule does not conserve, the epsilon of rules. For every example the sum of
+        its relevance and of all that is absorbed is F, if the rules are linear in the relevance (all but guided
+        backpropagation and deconvnets) and examples do not see each other. With `at` only what lies after the sites counts;
+        relevance that passes them by, to the inputs, is in neither part, and neither is what a write (`tdhook.intervene`) in
+        `f` cuts off.
 
     Raises:
         RuleError: as `with_rules`; an input that a rule such as the z-box reads, and another operation too. InputError,
         TargetError, SiteError: as elsewhere. GradientError: grad mode is off. Warns for a model in train mode.
 
     Cost: one forward with rules and T vmapped backward passes; the first call with new shapes adds a run on fake tensors.
+    `absorbed` adds a forward and B T backward passes.
 
     Source: Bach et al., "On Pixel-Wise Explanations for Non-Linear Classifier Decisions by Layer-Wise Relevance Propagation"
     (2015); Montavon et al., "Layer-Wise Relevance Propagation: An Overview" (2019).
 
     Examples:
         >>> from tdhook.attribution.rules import Epsilon
-        >>> f, params = tdhook.functionalize(torch.nn.Linear(2, 1, bias=False))
-        >>> params["weight"] = torch.tensor([[3.0, 1.0]])
-        >>> lrp(f, params, torch.tensor([[1.0, 2.0]]), rules={"linear": Epsilon(0.0)}, targets=0)
-        tensor([[3., 2.]])
+        >>> f, params = tdhook.functionalize(torch.nn.Linear(2, 1))
+        >>> params["weight"], params["bias"] = torch.tensor([[3.0, 1.0]]), torch.tensor([4.0])
+        >>> result = lrp(f, params, torch.tensor([[1.0, 2.0]]), rules={"linear": Epsilon(0.0)}, targets=0, absorbed=True)
+        >>> result.relevance, result.absorbed["/linear"]
+        (tensor([[3., 2.]]), tensor([4.]))
     """
-    g = _ruled(f, rules, "lrp")
-    _check(targets, start, chunk_size)
-    what = explained(_ready(g, params, inputs), params, inputs, at)
-    as_they_are = _absolute(g, params, inputs) if at is None else frozenset()
-    gradients, chosen, plural = target_gradients(what, targets, chunk_size)
-    relevance = [_relevance(r, x, i in as_they_are) for i, (r, x) in enumerate(zip(gradients, what.values))]
-    relevance = [_started(r, chosen, start) for r in relevance]
-    return what.restructure(relevance if plural else [r[0] for r in relevance])
-
-
-def _ruled(f: Any, rules: Any, method: str) -> Any:
-    require_gradients(method)
-    require_sites(f)
-    warn_if_stochastic(f, method)
-    if rules is not None:
-        return with_rules(f, rules)
-    if not isinstance(f, Ruled):
-        raise RuleError("rules is None, and f has none; give a preset such as tdhook.attribution.rules.epsilon_plus().")
-    return f
-
-
-def _check(targets: Targets, start: str, chunk_size: int | None) -> None:
-    require_positive("chunk_size", chunk_size, optional=True)
-    check(targets)
-    if start not in ("value", "one"):
-        raise InputError(f"start is {start!r}; give 'value' (the relevance starts at F) or 'one'.")
-
-
-def _ready(g: Any, params: Any, inputs: Any) -> Any:
-    """The model with its coefficients taken from a run before, if the result is to be differentiated."""
-    leaves = pytree.tree_flatten((params, inputs))[0]
-    tracked = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
-    return g.differentiable(params, inputs) if tracked and isinstance(g, Ruled) else g
-
-
-def _absolute(g: Any, params: Any, inputs: Any) -> frozenset[int]:
-    """Which inputs get the relevance itself as their gradient."""
-    plan = plan_of(g, params, inputs)
-    return frozenset() if plan is None else frozenset(absolute_inputs(plan))
-
-
-def _relevance(gradient: Tensor, value: Tensor, absolute: bool) -> Tensor:
-    return gradient if absolute else gradient * value
-
-
-def _started(relevance: Tensor, chosen: Tensor, start: str) -> Tensor:
-    if start == "value":
-        return relevance
-    scale = chosen.movedim(-1, 0)  # [T, *B]
-    return relevance / scale.reshape(*scale.shape, *[1] * (relevance.ndim - scale.ndim))
+    g = ruled(f, rules, "lrp")
+    check_options(targets, start, chunk_size)
+    g = ready(g, params, inputs)
+    result = propagated(g, params, inputs, targets, at, start, chunk_size)
+    if not absorbed:
+        return result.structured()
+    values = result.what.values
+    cut = {} if at is None else dict(zip(exact_wants(g, at, "at"), values))
+    taken = absorbed_relevance(g, params, inputs, targets, cut, start, chunk_size, values[0])
+    return Ledger(result.structured(), taken)

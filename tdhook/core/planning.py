@@ -164,7 +164,8 @@ def make_plan(f: FunctionalModel, rules: Rules, params: Any, inputs: Any, extra:
     """
     outer = tuple(handler for handler in execution.handlers if handler.changes_dependence)
     if is_compiling():
-        return _number_of_plan(f, rules, _encode(params), _encode((inputs, extra)), tuple(h.wants for h in outer))
+        arguments = (_encode(params), _encode((inputs, extra)))
+        return _number_of_plan(f, _encode_rules(rules), *arguments, tuple(h.wants for h in outer))
     plans = f.base.blueprint.plans
     key = (f.key(), rules, _encode((inputs, extra)), tuple((type(h), h.wants) for h in outer))
     if key not in plans:
@@ -176,10 +177,10 @@ def make_plan(f: FunctionalModel, rules: Rules, params: Any, inputs: Any, extra:
 
 
 @torch.compiler.assume_constant_result
-def _number_of_plan(f: FunctionalModel, rules: Rules, params: Any, arguments: Any, frozen: tuple) -> int:
+def _number_of_plan(f: FunctionalModel, rules: tuple, params: Any, arguments: Any, frozen: tuple) -> int:
     """A plan from shapes, which the compiler knows."""
     inputs, extra = _decode(arguments)
-    plan, _ = _trace(f, rules, _decode(params), inputs, extra, tuple(Freezer(wants) for wants in frozen))
+    plan, _ = _trace(f, _decode_rules(rules), _decode(params), inputs, extra, tuple(Freezer(wants) for wants in frozen))
     number = next(_NUMBERS)
     _remember(f.base.blueprint.plans, number, plan)
     _PLANS[number] = plan
@@ -555,6 +556,18 @@ def _node_name(node: Any) -> str:
 def is_nonlinear(planned: Planned) -> bool:
     """Whether the plain gradient of an operation, times its operand, is not what the operation is worth."""
     return planned.live and planned.group not in LINEAR_GROUPS
+
+
+# A table as a tuple of constants: of an object that is made in compiled code, Dynamo hands on no values to what it does not
+# trace. What a rule is for is known from its class.
+
+
+def _encode_rules(rules: Rules) -> tuple:
+    return tuple((type(e.rule), e.operations, e.sites, e.where, e.first) for e in rules.entries)
+
+
+def _decode_rules(code: tuple) -> Rules:
+    return Rules(tuple(Entry(object.__new__(kind), *rest) for kind, *rest in code))
 
 
 # Arguments as nested tuples of constants, from which fake ones of the same shapes can be made again

@@ -37,6 +37,7 @@ class _Enforcer(Ruler):
         constants: what was a constant of the derivative in a run before, to be taken from there.
         probe: scales the operands and the result of an operation by 1 + 0, to tell what relevance goes in and out.
         written: values are written from outside, so that what comes out of a ReLU may be negative when it is read.
+        resumed: what is explained is written at sites, so that no operand is an input.
     """
 
     def __init__(
@@ -47,10 +48,12 @@ class _Enforcer(Ruler):
         constants: Mapping | None = None,
         probe: Probe | None = None,
         written: bool = False,
+        resumed: bool = False,
     ):
         super().__init__()
         self.rules, self.plan = rules, plan
-        self.references, self.constants, self.probe, self.written = references, constants, probe, written
+        self.references, self.constants, self.probe = references, constants, probe
+        self.written, self.resumed = written, resumed
         self.numbers: dict[tuple, int] = {}
 
     def operation(self, frame: Frame, path: str, op: str, function: Callable, in_place: bool) -> Callable:
@@ -85,6 +88,7 @@ class _Enforcer(Ruler):
 
     def _ruled(self, key: Key, planned: Planned, function: Callable, in_place: bool) -> Callable:
         rule = None if planned.line is None else self.rules.entries[planned.line].rule
+        planned = planned._replace(absolute=False) if self.resumed else planned
         # What a value that does not go on (or is a constant for what follows) is worth is counted where it is used. A view
         # absorbs nothing, and has to stay one.
         probed = planned.live and not (planned.alias if rule is None else rule.stops)
@@ -107,7 +111,9 @@ class _Enforcer(Ruler):
         if rule.smooth and isinstance(constant, _Detacher):
             constant = _detached
         operation = _running(planned, call, args, kwargs, reference, constant)
-        return rule(replace(operation, nonnegative=False) if self.written else operation)
+        if self.written:
+            operation = replace(operation, nonnegative=False, of_input=operation.of_input and not self.resumed)
+        return rule(operation)
 
     def _constant(self, key: Key, planned: Planned) -> Callable[[Tensor], Tensor]:
         if self.constants is not None:
@@ -282,7 +288,9 @@ class Ruled(Transform):
             return self.inner._run(params, inputs, extra, execution)  # an outer one has these rules, too
         plan = self.plan(params, inputs, extra, execution)
         written = not all(isinstance(handler, (Freezer, Reader)) for handler in execution.handlers)
-        enforcer = _Enforcer(self.rules, plan, self.references, self.constants, self.probe, written)
+        enforcer = _Enforcer(
+            self.rules, plan, self.references, self.constants, self.probe, written, execution.substitutes is not None
+        )
         output = self._run_with(enforcer, params, inputs, extra, execution)
         return output if self.probe is None else self.probe.output(output)
 
@@ -302,9 +310,10 @@ class Ruled(Transform):
         self._run_with(keeper, params, inputs, (), Execution())
         return replace(self, constants=keeper.kept)
 
-    def probed(self, probe: Probe) -> Ruled:
-        """The same with probes at all operations."""
-        return replace(self, probe=probe)
+    def probed(self, params: Any, inputs: Any, probe: Probe, writes: Mapping[Want, Tensor] | None = None) -> Any:
+        """The output, with probes at all operations; with `writes` as a run that is resumed from there."""
+        resumed = Execution((Writer(tuple(writes), writes),), substitutes={}) if writes else Execution()
+        return replace(self, probe=probe)._run(params, inputs, (), resumed)
 
     def __repr__(self) -> str:
         return f"with_rules({self.inner!r}, {len(self.rules.entries)} rules)"

@@ -38,7 +38,7 @@ def unit_sets(name: str, given: Any) -> Tensor:
     )
 
 
-def unit_mask(units: Tensor, value: Tensor, axis: int | None, site: str) -> Tensor:
+def unit_mask(units: Tensor, value: Tensor, axis: int | None, site: str, known: Tensor | None = None) -> Tensor:
     """One set of units as a mask that broadcasts to the value at a site.
 
     Args:
@@ -46,6 +46,7 @@ def unit_mask(units: Tensor, value: Tensor, axis: int | None, site: str) -> Tens
         value: Tensor [B, *features].
         axis: the axis of the units; None: 1, where there is no other.
         site: its address, for errors.
+        known: all sets, where `units` is one of them in a vmap, which hides its values.
 
     Raises:
         InputError: an axis that does not fit, or is missing; units out of range; a mask of another size.
@@ -62,9 +63,10 @@ def unit_mask(units: Tensor, value: Tensor, axis: int | None, site: str) -> Tens
     if mask and list(units.shape) != [count]:
         raise InputError(f"the units at {site!r} are a mask of shape {list(units.shape)} for {describe(value)} along {axis}.")
     if not mask:
-        seen = not is_compiling() and not is_wrapped(units)
-        if seen and not ((units >= -count) & (units < count)).all():
-            raise InputError(f"the units {units.tolist()} are out of range for {count} units at {site!r}.")
+        known = units if known is None else known
+        seen = not is_compiling() and not is_wrapped(known)
+        if seen and not ((known >= -count) & (known < count)).all():
+            raise InputError(f"the units {known.flatten().tolist()} are out of range for {count} units at {site!r}.")
         units = (torch.arange(count, device=units.device)[:, None] == units % count).any(-1)
     return units.reshape(-1, *[1] * (value.ndim - 1 - axis % value.ndim))
 

@@ -104,8 +104,8 @@ def ablate(
         What `f` returns.
 
     Raises:
-        InputError: an unknown kind, indices out of range, no other example to draw. SiteError: as `capture`, a site without a
-        mean, a mean of another shape. Warns for a model in train mode.
+        InputError: an unknown kind, indices out of range, no other example to draw.
+        SiteError: as `capture`, a site without a mean, a mean of another shape. Warns for a model in train mode.
 
     Cost: one forward pass, and what comes after the first site again; one more for a reference. Eager only, with a generator.
 
@@ -186,7 +186,8 @@ def ablation_effects(
         `Ablation` with `ablated`, `standard_error`, `intact`, and `effect`.
 
     Raises:
-        as `ablate`. TargetError: a metric of another shape.
+        InputError: as `ablate`, and SiteError.
+        TargetError: a metric of another shape.
 
     Cost: one forward pass, and for each sample and site one vmapped pass over its places that runs only what lies after the
     site. An ablation that would write what is already there is not run.

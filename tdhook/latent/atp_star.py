@@ -77,8 +77,8 @@ def atp_star(
         `AttributionPatching`; with `gradient_drop` the effects are not negative.
 
     Raises:
-        as `attribution_patching`. SiteError: no attention pattern, or no layers, could be found. InputError: `gradient_drop`
-        for a model of one layer.
+        InputError: as `attribution_patching`, and its other errors; `gradient_drop` for a model of one layer.
+        SiteError: no attention pattern, or no layers, could be found.
 
     Cost: two forward passes, and one forward and backward pass, or with the drop L of them, of what comes after the first site.
     The fix runs the attention of its layer (not the rest) once for each place.

@@ -83,7 +83,8 @@ def attribution_patching(
         `AttributionPatching`: `effects` have the sign of `patched - base`.
 
     Raises:
-        as `activation_patching`. GradientError: grad mode is off. InputError: an axis of examples with a metric [B].
+        InputError: as `activation_patching`, and its other errors; an axis of examples with a metric [B].
+        GradientError: grad mode is off.
 
     Cost: three forward passes, of which the third begins at the first site, and one backward pass; and `exact` patches.
 
@@ -153,7 +154,7 @@ def integrated_gradient_patching(
         `AttributionPatching`.
 
     Raises:
-        as `attribution_patching`; an unknown quadrature.
+        InputError: as `attribution_patching`, and its other errors; an unknown quadrature.
 
     Cost: two forward passes, and for each site `steps` forward and backward passes of what comes after it; with `along`
     `steps` forward and backward passes in all.

@@ -95,8 +95,9 @@ def causal_trace(
         `CausalTrace`; the standard errors are over the samples, NaN for one sample.
 
     Raises:
-        InputError: a subject out of range or empty, as `activation_patching` otherwise. SiteError: as `capture`. TargetError: a
-        metric of another shape. Warns for a model in train mode.
+        InputError: a subject out of range or empty, as `activation_patching` otherwise.
+        SiteError: as `capture`.
+        TargetError: a metric of another shape. Warns for a model in train mode.
 
     Cost: one forward pass, and for each sample another one, and for each site one vmapped pass over its positions that runs
     only what comes after the (first) site. The samples come one after the other: memory does not grow with them. Eager only,

@@ -52,8 +52,8 @@ def mean_activations(
         TensorDict keyed by canonical site: Tensor [*shape] of one example, or without the axis of positions if `pooled`.
 
     Raises:
-        InputError: no batch, examples of different shape without `pooled`. SiteError: as `capture`, a site without positions if
-        `pooled`. Warns for a model in train mode.
+        InputError: no batch, examples of different shape without `pooled`.
+        SiteError: as `capture`, a site without positions if `pooled`. Warns for a model in train mode.
 
     Cost: one forward pass up to the last site, without gradients. Not for `torch.compile` and `vmap`: it reads an iterable.
 

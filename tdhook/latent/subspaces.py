@@ -166,8 +166,8 @@ def interchange(
         What `f` returns.
 
     Raises:
-        InputError: inputs that do not align, a subspace of another size. SiteError: as `capture`. Warns for a model in train
-        mode.
+        InputError: inputs that do not align, a subspace of another size.
+        SiteError: as `capture`. Warns for a model in train mode.
 
     Cost: one forward pass for each source and one for the base.
 

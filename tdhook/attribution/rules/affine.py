@@ -45,8 +45,12 @@ class Epsilon(Rule):
         z = operation.evaluate()
         if self.epsilon == 0:
             return z
-        size = operation.constant(z).abs().to(torch.promote_types(z.dtype, torch.float32))
-        return operation.scaled(z, (-self.epsilon / (size + self.epsilon)).to(z.dtype))
+
+        def share(z: Tensor) -> Tensor:
+            size = z.to(torch.promote_types(z.dtype, torch.float32)).abs()
+            return (size / (size + self.epsilon)).to(z.dtype)
+
+        return operation.scaled(z, share)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,11 @@ from ...core.rules import Operation, Rule
 from .stabilizers import require_stabilizer, stabilized
 
 # The derivative at 0, where f(x) / x has no value, of the activations with f(0) = 0.
-_SLOPES_AT_ZERO = {"hardswish": 0.5, "silu": 0.5, "gelu": 0.5, "mish": 0.6, "module": 0.5}
+_SLOPES_AT_ZERO = {
+    **dict.fromkeys(("hardswish", "silu", "gelu"), 0.5),
+    **dict.fromkeys(("relu6", "hardshrink", "softshrink", "tanhshrink"), 0.0),
+    "mish": 0.6,
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ class Identity(Rule):
 
         dy / dx = f(x) / x
 
-    Where f(0) is not 0 (sigmoid, softplus) that has a pole, which the stabilizer rounds off.
+    Where f(0) is not 0 (sigmoid, softplus, a batch norm) that has a pole, which the stabilizer rounds off; an operand that is
+    exactly 0 gets nothing there.
 
     Source: Achtibat et al., "AttnLRP: Attention-Aware Layer-Wise Relevance Propagation for Transformers" (2024), section 3.
     """
@@ -66,16 +71,19 @@ class Identity(Rule):
             return y  # linear on either side of 0: the gradient is the same
         x = operation.constant(operation.x)
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        if operation.name == "batch_norm":
-            value = operation.constant(y).to(exact.dtype)  # its statistics may not be given in another type
+        if operation.name == "batch_norm" or exact.dtype == y.dtype:  # its statistics may not be given in another type
+            value = operation.constant(y).to(exact.dtype)
         else:
             value = operation.constant(operation.evaluate({operation.active[0]: exact}))
         zero = torch.zeros_like(exact)
-        nothing = (exact == 0) & (value == 0)
-        slope = _SLOPES_AT_ZERO.get(operation.name, 1.0)
+        slope: Any = _SLOPES_AT_ZERO.get(operation.name, 1.0)
+        if operation.name == "module":
+            below = torch.full([1] * exact.ndim, -1e-4, dtype=exact.dtype, device=exact.device)
+            slope = operation.constant(operation.evaluate({operation.active[0]: below})) / below
         # f(0) = 0 needs no stabilizer: the ratio is as exact as f is.
         pole = torch.where(value.abs() > 2 * exact.abs(), stabilized(exact, self.stabilizer), exact)
-        coefficient = torch.where(nothing, zero + slope, value / torch.where(pole == 0, torch.ones_like(pole), pole))
+        at_zero = torch.where(value == 0, zero + slope, zero)
+        coefficient = torch.where(exact == 0, at_zero, value / torch.where(pole == 0, torch.ones_like(pole), pole))
         moving = (operation.x - x) * operation.constant(coefficient.to(x.dtype))
         return operation.constant(y) + moving
 
@@ -101,10 +109,12 @@ class Uniform(Rule):
 
     def __call__(self, operation: Operation) -> Tensor:
         value = operation.evaluate()
-        count = len(operation.active)
-        if operation.name in ("square", "prod") or count < 2:
-            count = 2
-        return operation.scaled(value, torch.full_like(value, 1 / count - 1))
+        count = max(2, len(operation.active))
+        if operation.name == "pow":
+            count = (*operation.args, *operation.kwargs.values())[-1]
+        elif operation.name == "prod":
+            count = max(1, operation.x.numel() // max(1, value.numel()))
+        return operation.scaled(value, 1 / count)
 
 
 @dataclass(frozen=True)
@@ -129,7 +139,8 @@ class Attention(Rule):
 
         dq, dk, dv times `query`, `key`, `value`
 
-    The default is what `Uniform` on both products gives: 1/4, 1/4, 1/2. `FrozenPattern` is 0, 0, 1.
+    The default is what `Uniform` on both products gives: 1/4, 1/4, 1/2. `FrozenPattern` is 0, 0, 1. What an operand would get
+    that does not depend on the input goes to the one that it is multiplied by, and a mask that does gets what the scores get.
 
     Source: Achtibat et al. (2024); frozen patterns: Ali et al. (2022).
     """
@@ -145,14 +156,24 @@ class Attention(Rule):
             require_number(name, getattr(self, name))
 
     def __call__(self, operation: Operation) -> Tensor:
-        names: tuple[Any, ...] = ("query", "key", "value")
+        places = {i if i < len(operation.args) else name: name for i, name in enumerate(("query", "key", "value", "attn_mask"))}
+        active = {place: places[place] for place in operation.active if place in places}
+        shares = self._shares(set(active.values()))
         replaced = {}
-        for i, name in enumerate(names):
-            position = i if i < len(operation.args) else name
-            given, share = operation.argument(position), getattr(self, name)
+        for place, name in active.items():
+            given, share = operation.argument(place), shares[name]
             fixed = operation.constant(given)
-            replaced[position] = fixed if share == 0 else given if share == 1 else fixed + (given - fixed) * share
+            replaced[place] = fixed if share == 0 else given if share == 1 else fixed + (given - fixed) * share
         return operation.evaluate(replaced)
+
+    def _shares(self, active: set[str]) -> dict[str, float]:
+        scores, total = self.query + self.key, self.query + self.key + self.value
+        if not active & {"query", "key", "attn_mask"}:
+            return {"value": total}
+        more = 1.0 if "value" in active or not scores else total / scores
+        both = {"query", "key"} <= active
+        shares = {"query": self.query if both else scores, "key": self.key if both else scores, "attn_mask": scores}
+        return {"value": self.value, **{name: share * more for name, share in shares.items()}}
 
 
 @dataclass(frozen=True)
@@ -209,6 +230,7 @@ class BetaSmooth(Rule):
     beta: float = 10.0
 
     groups: ClassVar = frozenset({"activation"})
+    smooth: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_number("beta", self.beta, strict=True)

@@ -44,8 +44,11 @@ class _FirstLayer(Rule):
             total = total + affine.apply(torch.zeros_like(x), torch.zeros_like(affine.weight), bias)
         share = operation.constant(ratio(operation.constant(z), operation.constant(total), self.stabilizer))
         shift = x - operation.constant(x)
-        if not operation.of_input:
-            shift = shift / operation.constant(stabilized(operation.constant(x), self.stabilizer).to(x.dtype))
+        at = operation.constant(x)
+        inverse = operation.constant(
+            torch.where(at == 0, torch.zeros_like(at), 1 / stabilized(at, self.stabilizer).to(x.dtype))
+        )
+        shift = shift if operation.of_input else shift * inverse
         moving = _sum(
             sign * share * affine.apply(operation.constant(a) * shift, operation.constant(weight)) for a, weight, sign in parts
         )
@@ -75,8 +78,10 @@ class ZBox(_FirstLayer):
                 raise RuleError(f"ZBox needs {name}, the bound of the inputs, as in ZBox(low=-3.0, high=3.0); got None.")
             if isinstance(bound, Sequence) and not isinstance(bound, tuple):
                 object.__setattr__(self, name, tuple(bound))
-            if not isinstance(bound, (int, float, Sequence, Tensor)):
+            if not isinstance(bound, (int, float, Sequence, Tensor)) or isinstance(bound, str):
                 raise RuleError(f"{name} of ZBox is {describe(bound)}; give a number, one for each channel, or a tensor.")
+        if isinstance(self.low, (int, float)) and isinstance(self.high, (int, float)) and self.low > self.high:
+            raise RuleError(f"low of ZBox is {self.low}, which is above high, {self.high}.")
 
     def parts(self, affine: Affine) -> tuple[list[Part], Tensor | None]:
         x, weight = affine.x, affine.weight
@@ -130,4 +135,10 @@ def _bound(bound: float | Sequence[float] | Tensor | None, x: Tensor, affine: Af
         if x.ndim <= spatial or x.shape[x.ndim - spatial - 1] != len(bound):
             raise RuleError(f"ZBox has {len(bound)} bounds, one for each channel, but its operand is {describe(x)}.")
         bound = torch.tensor(bound, dtype=x.dtype, device=x.device).reshape(-1, *[1] * spatial)
-    return torch.zeros_like(x) + (bound.to(x) if isinstance(bound, Tensor) else bound)  # type: ignore[operator]
+    if not isinstance(bound, Tensor):
+        return torch.full_like(x, bound)  # type: ignore[arg-type]
+    while bound.ndim > x.ndim and bound.shape[0] == 1:
+        bound = bound[0]  # the batch axis of bounds, which an operand under vmap does not have
+    if bound.ndim > x.ndim or any(b not in (1, n) for b, n in zip(reversed(bound.shape), reversed(x.shape))):
+        raise RuleError(f"a bound of ZBox is {describe(bound)}, which does not broadcast to its operand, {describe(x)}.")
+    return bound.to(x).expand(x.shape)

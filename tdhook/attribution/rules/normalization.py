@@ -14,7 +14,7 @@ from ...core.rules import Operation, Rule
 
 @dataclass(frozen=True)
 class FrozenScale(Rule):
-    """Layer, RMS, group and instance norms with a constant scale (LN-rule).
+    """Layer, RMS, group and instance norms, and `normalize`, with a constant scale (LN-rule).
 
         y = (x - mean(x)) * constant(1 / std(x)) * w + b         RMS: without the mean
 
@@ -30,6 +30,11 @@ class FrozenScale(Rule):
         name, y, x = operation.name, operation.evaluate(), operation.x
         given = dict(zip(_NAMES.get(name, ()), operation.args)) | dict(operation.kwargs)
         weight = given.get("weight")
+        if name == "normalize":
+            size = operation.constant(x).norm(given.get("p", 2.0), given.get("dim", 1), keepdim=True)
+            return operation.same_value(y, x / operation.constant(size.clamp(min=given.get("eps", 1e-12))))
+        if name == "instance_norm" and not given.get("use_input_stats", True):
+            return y  # with running statistics it is linear as it is
         if name in ("layer_norm", "rms_norm"):
             axes: Any = tuple(range(-len(given["normalized_shape"]), 0))
             centred = x - x.mean(axes, keepdim=True) if name == "layer_norm" else x
@@ -40,13 +45,13 @@ class FrozenScale(Rule):
             weight = None if weight is None else weight.reshape(-1, *[1] * (x.ndim - 2))
         else:
             raise RuleError(
-                f"FrozenScale does not know {name!r} at {operation.site}; it is for layer, RMS, group, instance norm."
+                f"FrozenScale does not know {name!r} at {operation.site}; it is for layer, RMS, group and instance norms."
             )
         fixed = operation.constant(centred)
         epsilon = given.get("eps")
         exact = fixed.to(torch.promote_types(x.dtype, torch.float32))
         if epsilon is None:
-            epsilon = torch.finfo(x.dtype).eps if name == "rms_norm" else 1e-5
+            epsilon = torch.finfo(exact.dtype).eps if name == "rms_norm" else 1e-5
         squares = exact.square()
         if name in ("group_norm", "instance_norm"):
             variance = squares.reshape(batched.shape).mean(axes, keepdim=True).expand(batched.shape).reshape(x.shape)
@@ -61,5 +66,6 @@ _NAMES = {
     "layer_norm": ("input", "normalized_shape", "weight", "bias", "eps"),
     "rms_norm": ("input", "normalized_shape", "weight", "eps"),
     "group_norm": ("input", "num_groups", "weight", "bias", "eps"),
+    "normalize": ("input", "p", "dim", "eps"),
     "instance_norm": ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps"),
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...core.rules import Rule, Rules, on
+from ...core.rules import Operation, Rule, Rules, on
 from .affine import AlphaBeta, Epsilon, Gamma, ZPlus
 from .elementwise import (
     Attention,
@@ -26,7 +26,7 @@ from .first_layer import Flat, ZBox
 from .normalization import FrozenScale
 
 # What norms are when they are written out: the scale is the result of one of these.
-_SCALES = ("rsqrt", "std", "norm", "vector_norm")
+_SCALES = ("rsqrt", "sqrt", "std", "norm", "vector_norm")
 
 
 def _convolutional(convolution: Rule, linear: Rule, first: Sequence[Any] = ()) -> Rules:
@@ -106,12 +106,18 @@ def beta_smooth(beta: float = 10.0) -> Rules:
     return Rules((on("relu", BetaSmooth(beta)),))
 
 
+def _is_root(operation: Operation) -> bool:
+    exponent = (*operation.args, *operation.kwargs.values())[-1]
+    return isinstance(exponent, float) and abs(exponent) == 0.5
+
+
 def _transformer(*lines: Any) -> Rules:
     return Rules(
         (
             *lines,
             on("normalization", FrozenScale()),
             on(_SCALES, Stop()),
+            on("pow", Stop(), where=_is_root),
             on("activation", Identity()),
             on("maximum", Gradient()),
         )

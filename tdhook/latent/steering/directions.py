@@ -147,8 +147,8 @@ def steering_vectors(
         TensorDict: for each site a Tensor [D] (whatever shape `fit` returns), all from one run over the prompts.
 
     Raises:
-        InputError: inputs without examples, a pool that does not exist. SiteError: unknown sites. Warns for a model in train
-        mode.
+        InputError: inputs without examples, a pool that does not exist.
+        SiteError: unknown sites. Warns for a model in train mode.
 
     Cost: a forward pass over each set, up to the last of the sites; one fit for each site.
 

@@ -5,30 +5,61 @@ from __future__ import annotations
 import copy
 import sys
 import types
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+INSTALLED = find_spec("zennit") is not None
+_TORCHVISION = (
+    "torchvision",
+    "torchvision.models",
+    "torchvision.models.resnet",
+    "torchvision.ops",
+    "torchvision.ops.misc",
+)
 
 
-def zennit():
+@cache
+def zennit() -> Any:
     """The package. It imports two classes of torchvision, which would bring a second torch along, to recognise its ResNets."""
-    if "torchvision" not in sys.modules:
-        for name in ("torchvision", "torchvision.models", "torchvision.models.resnet", "torchvision.ops", "torchvision.ops.misc"):
-            sys.modules[name] = types.ModuleType(name)
+    lent = [] if find_spec("torchvision") else _TORCHVISION
+    for name in lent:
+        sys.modules[name] = types.ModuleType(name)
+    if lent:
         for name in ("Bottleneck", "BasicBlock"):
             setattr(sys.modules["torchvision.models.resnet"], name, type(name, (), {}))
-    import zennit
-    import zennit.attribution
-    import zennit.canonizers
-    import zennit.composites
-    import zennit.rules
-
+    try:
+        import zennit
+        import zennit.attribution
+        import zennit.canonizers
+        import zennit.composites
+        import zennit.rules
+        import zennit.types
+    finally:
+        for name in lent:  # transformers would take the stub for the real thing
+            del sys.modules[name]
     return zennit
 
 
-def relevance(model, x, composite, target):
+def relevance(model: nn.Module, x: Tensor, composite: Any, target: int) -> Tensor:
     """Zennit's relevance of `x`, with 1 as the relevance of the output."""
-    import torch
-
     model = copy.deepcopy(model)
-    one_hot = lambda y: torch.eye(y.shape[-1], dtype=y.dtype)[[target] * len(y)]  # noqa: E731
+
+    def one_hot(y: Tensor) -> Tensor:
+        return torch.eye(y.shape[-1], dtype=y.dtype)[[target] * len(y)]
+
     with zennit().attribution.Gradient(model=model, composite=composite, attr_output=one_hot) as attributor:
-        _, relevance = attributor(x.detach().clone())
-    return relevance
+        return attributor(x.detach().clone())[1]
+
+
+def layer_relevance(layer: nn.Module, rule: Any, x: Tensor, start: Tensor) -> Tensor:
+    """Zennit's relevance of the input of one layer."""
+    layer = copy.deepcopy(layer)
+    handles = rule.register(layer)
+    x = x.detach().clone().requires_grad_()
+    (result,) = torch.autograd.grad(layer(x), x, start)
+    handles.remove()
+    return result

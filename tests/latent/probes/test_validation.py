@@ -183,7 +183,7 @@ def test_auroc_of_several_classes_is_that_of_the_decisions():
 def test_several_labels():
     x = torch.randn(50, 3)
     y = (x > 0).long()
-    fit = partial(mlp, hidden=[], multi_label=True, epochs=80, learning_rate=0.05)
+    fit = partial(mlp, hidden=[], multi_label=True, epochs=30, learning_rate=0.15)
     for score in ("accuracy", "auroc", "log_loss"):
         found = cross_validate(fit, x, y, folds=3, multi_label=True, score=score)
         assert found.scores.shape == (3, 3) and found.predictions.shape == (50, 3)
