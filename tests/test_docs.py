@@ -9,7 +9,10 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("page", ["getting_started.md", "attribution.md", "weights.md", "representations.md", "index.md"])
+@pytest.mark.parametrize(
+    "page",
+    ["getting_started.md", "attribution.md", "rules.md", "weights.md", "representations.md", "interventions.md", "index.md"],
+)
 def test_the_pieces_of_a_page_run(page):
     text = (DOCS / page).read_text("utf-8")
     pieces = list(re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE))

@@ -25,10 +25,18 @@ from torch.func import vmap
 
 import tdhook
 from real_models import minilm, smollm2
-from tdhook.latent import activation_patching, circuits, lenses, names, steering
-from tdhook.latent.ablation import ablate, ablation_effects
-from tdhook.latent.attribution_patching import attribution_patching, integrated_gradient_patching
-from tdhook.latent.generation import generate
+from tdhook.latent import (
+    ablate,
+    ablation_effects,
+    activation_patching,
+    attribution_patching,
+    circuits,
+    generate,
+    integrated_gradient_patching,
+    lenses,
+    names,
+    steering,
+)
 from tdhook.plotting import curves, matrix_map, site_position_map
 
 model_of = cache(smollm2)
@@ -75,22 +83,23 @@ def lens(out: Path, short: bool) -> list[bool]:
     ids, tokens = torch.tensor([tokenizer.encode(PROMPT)]), tokenizer.tokens(PROMPT)
     with torch.no_grad():
         logits = lenses.logit_lens(f, params, ids, names=found)[:, 0]  # [L, S, V]
-        output = f(params, ids).logits
+        output = f(params, ids)
     probability, said = logits.softmax(-1).max(-1)
     (paris,) = tokenizer.encode(" Paris")
     rank = (logits[:, -1] > logits[:, -1, paris, None]).sum(-1)  # how many tokens are before it, at each layer
-    shown = range(1, found.layers, 4 if short else 2)
+    shown = [1, 9, 17, 25, 29] if short else [1, 5, 9, 13, 17, 20, 22, *range(24, found.layers)]
     sites = [found.residual_post[layer] for layer in shown]
     title = "SmolLM2: the most probable next token after each layer"
     figure = site_position_map(
         probability[shown], sites, tokens, title=title, label="probability", limits=(0, 1), colors="Blues"
     )
-    figure.set_size_inches(12, 7)
+    figure.set_size_inches(10, 1.5 + 0.4 * len(shown))
     for row, layer in enumerate(shown):
         for column, token in enumerate(said[layer].tolist()):
-            text = tokenizer.decode([token]).strip()[:9]
+            text = tokenizer.decode([token])
+            text = text.strip()[:9] or text.replace(" ", "␣").replace("\n", "⏎")
             color = "white" if probability[layer, column] > 0.5 else "black"
-            written = figure.axes[0].text(column, row, text, ha="center", va="center", fontsize=7, color=color)
+            written = figure.axes[0].text(column, row, text, ha="center", va="center", fontsize=9, color=color)
             written.set_parse_math(False)
     figure.savefig(out / "logit_lens.png", dpi=80)
     print(f"\n{PROMPT!r}: ' Paris' has rank {', '.join(f'{int(rank[i])} after layer {i}' for i in (0, 14, 22, 26, 29))}")
@@ -105,9 +114,11 @@ def lens(out: Path, short: bool) -> list[bool]:
 
     stream = tdhook.stop_at(f, found.residual_post[-1])(params, ids)[0, -1]
     return [
-        check("the last layer of the lens is the model", close(logits[-1], output[0])),
+        check("the last layer of the lens is the model", close(logits[-1], output.logits[0])),
         check("heads, MLPs and embedding sum to the last residual", close(components[:-1].sum(0), stream)),
-        check("their attributions sum to the difference of logits", close(parts.components.sum(0) + parts.bias, target(output))),
+        check(
+            "their attributions sum to the difference of logits", close(parts.components.sum(0) + parts.bias, target(output))
+        ),
         check("Paris comes late, and comes first", bool(rank[-1] == 0 and rank[14] > 50)),
     ]
 
@@ -152,7 +163,7 @@ def induction(out: Path, short: bool) -> list[bool]:
         scores,
         range(found.layers),
         range(9),
-        title="SmolLM2: how much each head looks at what came after the token the last time",
+        title="SmolLM2: induction heads",
         label="induction score",
         row_label="layer",
         column_label="head",
@@ -236,13 +247,13 @@ def circuit(out: Path, short: bool) -> list[bool]:
     gap = measured.clean - measured.corrupted
     exact = (measured.patched - measured.corrupted) / gap
     linear = attribution_patching(*pair, mean, sites=heads, axis=-2).effects / gap
-    along = partial(integrated_gradient_patching, *pair, mean, along=found.embedding, steps=3 if short else 5, chunk_size=1)
+    along = partial(integrated_gradient_patching, *pair, mean, along=found.embedding, steps=2 if short else 5, chunk_size=1)
     averaged = along(sites=heads, axis=-2).effects / gap
     figure = matrix_map(
         exact,
         range(start, found.layers),
         range(9),
-        title="SmolLM2: how much of the name each head restores",
+        title="SmolLM2: which heads restore the name",
         label="restored (1: as clean)",
         row_label="layer",
         column_label="head",
@@ -323,15 +334,15 @@ def pearson(first: Tensor, second: Tensor) -> float:
 # Part four: steering
 # ---------------------------------------------------------------------------------------------------------------------
 
-WEDDINGS = [
-    "We talked about the wedding, the bride and the groom",
-    "She is planning her wedding next summer",
-    "The wedding ceremony was held in a church",
-    "They got married at a beautiful wedding",
-    "I was invited to their wedding",
+SEA = [
+    "The ship sailed across the stormy ocean",
+    "Whales and fish swim in the deep sea",
+    "We walked on the beach and watched the waves",
+    "The sailor loved his boat and the salty sea",
+    "The tide came in and the ocean was blue",
 ]
-OTHERS = [
-    "We talked about the weather, the rain and the wind",
+LAND = [
+    "We talked about the weather for a long time",
     "She is planning her exam next summer",
     "The public meeting was held in a hall",
     "They got lost at a large station",
@@ -345,31 +356,31 @@ PROMPTS = [
     "My favourite thing is",
     "Once upon a time there was",
 ]
-WORDS = ["wedding", "bride", "groom", "marri", "marry", "ceremon", "couple", "wife", "husband", "church", "love"]
+WORDS = str.split("sea ocean ship boat fish wave beach sail water whale shore tide island coast")
 
 
 def steer(out: Path, short: bool) -> list[bool]:
     """A direction from ten sentences, added to the residual stream while the model writes."""
-    headline("Steering: towards weddings")
+    headline("Steering: to the sea")
     model, tokenizer = model_of()
     f, params = tdhook.functionalize(model)
     found = names(f, params)
 
     def without_first(value: Tensor, mask: Tensor | None) -> Tensor:
-        """The mean over tokens but the first, whose activations are huge in every sentence."""
+        """The mean over tokens but the first, whose activations are so huge that lengths of sentences would be all one sees."""
         assert mask is not None
         kept = mask & (mask.long().cumsum(1) > 1)
         return (value * kept[..., None]).sum(1) / kept.sum(1, keepdim=True)
 
-    wedding, other = (padded([tokenizer.encode(t) for t in texts]) for texts in (WEDDINGS, OTHERS))
+    sea, land = (padded([tokenizer.encode(t) for t in texts]) for texts in (SEA, LAND))
     sites = list(found.residual_post)
-    vectors = steering.steering_vectors(f, params, wedding, other, sites=sites, pool=without_first)
+    vectors = steering.steering_vectors(f, params, sea, land, sites=sites, pool=without_first)
     prompts = padded([tokenizer.encode(text) for text in PROMPTS[: 4 if short else 6]])
     start, new = prompts["input_ids"].shape[1], 12 if short else 20
 
     # How probable the words are as the next token: all strengths at all layers in one vmapped call.
     layers, strengths = ([7, 14, 21], [0.0, 1.0, 2.0]) if short else ([4, 9, 14, 19, 24], [0.0, 0.5, 1.0, 2.0, 4.0])
-    words = torch.tensor([tokenizer.encode(f" {w}")[0] for w in ("wedding", "bride", "groom", "married", "marriage", "wife")])
+    words = torch.tensor([tokenizer.encode(f" {word}")[0] for word in WORDS])
     g, _ = tdhook.functionalize(model, use_cache=False, logits_to_keep=1)
 
     def probability(row: Tensor) -> Tensor:
@@ -381,9 +392,9 @@ def steer(out: Path, short: bool) -> list[bool]:
         table = vmap(probability, chunk_size=4)(rows.flatten(0, 1)).reshape(len(strengths), len(layers))
     figure = matrix_map(
         100 * table,
-        strengths,
+        [f"{strength:g}" for strength in strengths],
         layers,
-        title="SmolLM2: probability of a word of weddings as the next token",
+        title="The next word is of the sea",
         label="percent",
         row_label="strength",
         column_label="layer",
@@ -391,17 +402,16 @@ def steer(out: Path, short: bool) -> list[bool]:
     figure.savefig(out / "steering.png", dpi=80)
 
     # And as text.
-    layer = 14
+    layer = 15
     counted = []
-    texts: list[str] = []
-    for strength in (0.0, 1.0, 2.0) if short else (-2.0, 0.0, 1.0, 2.0, 3.0):
+    for strength in (0.0, 1.5) if short else (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0):
         steered = tdhook.intervene(f, {sites[layer]: steering.add(vectors[sites[layer]], strength)})
         with torch.no_grad():
             result = generate(steered, params, prompts, max_new_tokens=new)
         texts = [tokenizer.decode(row[start:]) for row in result.tokens]
         counted.append((strength, sum(text.lower().count(word) for text in texts for word in WORDS), texts))
     for strength, number, texts in counted:
-        print(f"  strength {strength:+.0f}: {number:2d} words of weddings; {PROMPTS[0]}{texts[0]!r}")
+        print(f"  strength {strength:+.1f}: {number:2d} words of the sea; {PROMPTS[0]}{texts[0]!r}")
     by_strength = {strength: number for strength, number, _ in counted}
 
     # The same without a key-value cache, and with nothing added, by the model's own generate.
@@ -413,7 +423,7 @@ def steer(out: Path, short: bool) -> list[bool]:
         theirs = model.generate(**few, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
         one = probability(rows[2, 1])
     return [
-        check("words of weddings come", max(by_strength.values()) >= by_strength[0.0] + (2 if short else 5)),
+        check("words of the sea come", max(by_strength.values()) >= by_strength[0.0] + (2 if short else 5)),
         check("more probable with more strength", bool((table[1:3].diff(dim=0) > 0).any() and table.max() > 10 * table[0, 0])),
         check("the vmapped table as one by one", close(one, table[2, 1])),
         check("with and without cache", torch.equal(fast.tokens, slow.tokens)),
@@ -453,12 +463,16 @@ def others(out: Path, short: bool) -> list[bool]:
 
     torch.manual_seed(0)
     config = ViTConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, image_size=32, patch_size=8, num_labels=5
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+        num_labels=5,
     )
     g, weights = tdhook.functionalize(ViTForImageClassification(config).eval())
-    image = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    other = image.clone()
-    other[:, :, :16] = 0
+    image, other = torch.randn(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     return [
         *encoder_checks,
         *recipe("ViT", g, weights, image, other, tdhook.targets.logit_difference(0, 1, key="logits"), image),
@@ -479,11 +493,15 @@ def recipe(
     with torch.no_grad():
         heads = activation_patching(f, params, clean, corrupted, metric, sites=found.head_output, axis=-2)
     agreement = pearson(heads.patched - heads.corrupted, linear.effects)
+    share = (stream.patched - stream.corrupted).mean(-1) / (stream.clean - stream.corrupted).mean()
     largest = int(ablation.effect.mean(-1).abs().argmax())
     layer, head = divmod(largest, ablation.effect.shape[1])
-    print(f"{name}: {found.layers} layers of {found.head_count} heads, norm {found.norm!r}; clean {stream.clean.mean():.3f},", end=" ")
+    print(
+        f"{name}: {found.layers} layers of {found.head_count} heads, norm {found.norm!r}; clean {stream.clean.mean():.3f},",
+        end=" ",
+    )
     print(f"corrupted {stream.corrupted.mean():.3f}, without head {layer}.{head} {ablation.ablated[layer, head].mean():.3f}")
-    print(f"  one token of the stream restores at most {stream.normalized.amax((0, 1)).mean():.2f}; ", end="")
+    print(f"  one token of the stream restores at most {share.max():.2f}; ", end="")
     print(f"heads, measured and to first order: Pearson {agreement:.3f}")
     return [
         check(f"{name}: the whole stream restores all", close(whole.normalized, torch.ones_like(whole.normalized))),

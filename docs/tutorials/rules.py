@@ -149,6 +149,7 @@ def maps(out: Path, short: bool) -> list[bool]:
             print(f"    {value:>+8.3f}  {site}")
         error = abs(total / logits[0].item() - 1)
         checks.append(check(f"{name}: pixels + absorbed = logit", error < 1e-3, error))
+    print("The convolutions have no bias, so a merged batch norm is left with its shift, and takes up what that is worth.")
     return [
         check("with rules, the same outputs bit for bit", same),
         check("merged batch norms, the same function", moved < 1e-4, moved),
@@ -385,6 +386,7 @@ def patching(out: Path, short: bool) -> list[bool]:
     for name, row in means.items():
         print(f"{name:<26}" + "".join(f"{value:>12.3f}" for value in row.values()) + f"{seconds[name]:>12.1f}")
     print(f"{'exact patches':<26}" + 36 * " " + f"{seconds['exact']:>12.1f}")
+    print("\nIn these prompts a repeated name is held back through where attention looks: with frozen patterns it seems to help.")
     better = means["RelP"]["MLP"] - means["attribution patching"]["MLP"]
     return [
         check("RelP correlates with exact patches of MLPs", means["RelP"]["MLP"] > 0.7, means["RelP"]["MLP"]),

@@ -8,14 +8,21 @@
 - perturbation: `feature_ablation`, `feature_permutation`, `occlusion`, `shapley_values`, `shapley_value_sampling`,
   `kernel_shap`, `lime`
 - optimisation: `activation_maximization`, `fgsm`, `pgd`
+- propagation rules: `lrp` with a table of `rules`, `concept_relevance`, `parameter_relevance`; `deep_lift`, `deep_lift_shap`,
+  `deconvnet`
 - sequences: `sequence_attribution`, with targets `next_tokens`, `entropy`, `kl_divergence`; `aggregate_tokens`, `word_groups`
 """
 
+from . import rules
 from .ablation import feature_ablation, feature_permutation
+from .absorbed import Ledger
 from .activation_maps import grad_cam, grad_cam_plus_plus, hires_cam, layer_cam, x_grad_cam
 from .activation_maximization import Maximization, activation_maximization, l2_norm, total_variation
 from .adversarial import cross_entropy, fgsm, pgd
+from .concept_relevance import concept_relevance
 from .conductance import internal_influence, layer_conductance
+from .deconvnet import deconvnet
+from .deep_lift import deep_lift, deep_lift_shap
 from .eigen_maps import eigen_cam, eigen_grad_cam
 from .expected_gradients import expected_gradients
 from .guided_backpropagation import guided_backpropagation
@@ -25,10 +32,12 @@ from .integrated_gradients import PathIntegral, convergence_delta, integrated_gr
 from .jacobian import jacobian
 from .kernel_shap import kernel_shap
 from .lime import lime
+from .lrp import lrp
 from .maps import token_grid
 from .masking_maps import ablation_cam, score_cam
 from .neuron_conductance import neuron_conductance
 from .occlusion import occlusion
+from .parameter_relevance import parameter_relevance
 from .paths import gaussian_blur, straight
 from .saliency import input_x_gradient, saliency
 from .sequences import sequence_attribution
@@ -38,13 +47,18 @@ from .token_targets import entropy, kl_divergence, next_tokens
 from .words import aggregate_tokens, word_groups
 
 __all__ = [
+    "Ledger",
     "Maximization",
     "PathIntegral",
     "ablation_cam",
     "activation_maximization",
     "aggregate_tokens",
+    "concept_relevance",
     "convergence_delta",
     "cross_entropy",
+    "deconvnet",
+    "deep_lift",
+    "deep_lift_shap",
     "eigen_cam",
     "eigen_grad_cam",
     "entropy",
@@ -69,10 +83,13 @@ __all__ = [
     "layer_cam",
     "layer_conductance",
     "lime",
+    "lrp",
     "neuron_conductance",
     "next_tokens",
     "occlusion",
+    "parameter_relevance",
     "pgd",
+    "rules",
     "saliency",
     "score_cam",
     "sequence_attribution",

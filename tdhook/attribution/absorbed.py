@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import vjp
 
 from ..core.batching import pull_each
-from ..core.planning import addresses, live_numbers
+from ..core.plan import addresses, live_numbers
 from ..core.ruling import Probe, Ruled
 from ..core.sites import Want
 from ..core.targets import Targets, select

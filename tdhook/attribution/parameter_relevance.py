@@ -12,7 +12,7 @@ from torch.func import vjp
 from ..core.batching import pull_each
 from ..core.errors import ParamsError, RuleError
 from ..core.functional import FunctionalModel
-from ..core.planning import addresses, live_numbers
+from ..core.plan import addresses, live_numbers
 from ..core.structure import describe
 from ..core.targets import Targets, select
 from .relevance import check_options, ready, ruled

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 from ..core.checks import require_gradients, require_positive, warn_if_stochastic
 from ..core.errors import InputError, RuleError
 from ..core.explained import Explained, explained, target_gradients
-from ..core.planning import absolute_inputs
+from ..core.plan import absolute_inputs
 from ..core.ruling import Ruled, plan_of, with_rules
 from ..core.targets import Targets, check
 from ..core.transforms import Sites, require_sites

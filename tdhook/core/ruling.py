@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .compat import grad_depth, is_compiling, unwrapped
+from .compat import grad_depth, is_compiling, is_wrapped, unwrapped
 from .decompositions import DECOMPOSITIONS
 from .derivatives import Freezer
 from .errors import GradientError
 from .functional import Execution, FunctionalModel
 from .operations import OperationMode
-from .planning import Key, Plan, Planned, check_sites, is_decomposed, make_plan, planned_at
+from .plan import Key, Plan, Planned, is_decomposed, planned_at
+from .planning import check_sites, make_plan
 from .reading import Reader
 from .rules import Operation, Rule, Rules
 from .scope import Frame, Ruler
@@ -161,6 +162,14 @@ def _running(
     )
 
 
+def _refuse_graph(cotangent: Tensor) -> None:
+    if torch.is_grad_enabled():  # that is, a graph of the backward pass is being made
+        raise GradientError(
+            "create_graph=True over a model with rules: the coefficients of the rules are constants, so derivatives of the "
+            "relevance would be wrong; use tdhook.attribution.lrp, which can be differentiated."
+        )
+
+
 def _detached(value: Tensor) -> Tensor:
     return value.detach()
 
@@ -292,7 +301,17 @@ class Ruled(Transform):
             self.rules, plan, self.references, self.constants, self.probe, written, execution.substitutes is not None
         )
         output = self._run_with(enforcer, params, inputs, extra, execution)
+        if self.constants is None and not is_compiling():
+            self._refuse_second_order(output)
         return output if self.probe is None else self.probe.output(output)
+
+    def _refuse_second_order(self, output: Any) -> None:
+        """Lets `autograd.grad(..., create_graph=True)` fail: what it returned could be differentiated, but wrongly."""
+        if all(entry.rule.smooth for entry in self.rules.entries):
+            return
+        for _, tensor in tensors(output):
+            if tensor.requires_grad and not is_wrapped(tensor):
+                tensor.register_hook(_refuse_graph)
 
     def _run_with(self, ruler: Ruler, params: Any, inputs: Any, extra: tuple, execution: Execution) -> Any:
         return self.inner._run(params, inputs, extra, execution.within(ruler))

@@ -344,3 +344,12 @@ def test_a_model_that_writes_in_place_and_into_slices():
     got = lrp(f, params, X, rules=table, targets=1)
     CLOSE(got, X * grad(lambda x: model(x)[:, 1].sum())(X))
     assert with_rules(tdhook.capture(f, "/relu"), table)(params, X)[1]["/relu"].ge(0).all()
+
+
+def test_a_graph_of_the_backward_pass_is_refused():
+    f, params = functionalize(nn.Sequential(nn.Linear(3, 2), nn.ReLU()).double())
+    g = with_rules(f, {"linear": r.Epsilon(0.1)})
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    torch.autograd.grad(g(params, x).sum(), x)
+    with pytest.raises(errors.GradientError, match=r"create_graph=True .* use tdhook\.attribution\.lrp"):
+        torch.autograd.grad(g(params, x).sum(), x, create_graph=True)

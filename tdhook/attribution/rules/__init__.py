@@ -2,6 +2,8 @@
 
 from ...core.rules import Affine, Entry, Operation, Rule, Rules, on
 from .affine import AlphaBeta, Epsilon, Gamma, ZPlus
+from .canonization import batch_norm_pairs, merge_batch_norm, zero_bias
+from .deep_lift import Rescale, rescale
 from .elementwise import (
     Attention,
     BetaSmooth,
@@ -33,6 +35,7 @@ from .presets import (
     relp_ah,
 )
 from .report import Report, explain
+from .reveal_cancel import RevealCancel, reveal_cancel
 
 __all__ = [
     "Affine",
@@ -53,6 +56,8 @@ __all__ = [
     "Operation",
     "Pass",
     "Report",
+    "Rescale",
+    "RevealCancel",
     "Rule",
     "Rules",
     "Stop",
@@ -61,6 +66,7 @@ __all__ = [
     "ZBox",
     "ZPlus",
     "attn_lrp",
+    "batch_norm_pairs",
     "beta_smooth",
     "cp_lrp",
     "deconvnet",
@@ -72,7 +78,11 @@ __all__ = [
     "excitation_backprop",
     "explain",
     "guided_backprop",
+    "merge_batch_norm",
     "on",
     "relp",
     "relp_ah",
+    "rescale",
+    "reveal_cancel",
+    "zero_bias",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...core.errors import RuleError
 from ...core.kinds import LINEAR_GROUPS
-from ...core.planning import Planned, is_nonlinear
+from ...core.plan import Planned, is_nonlinear
 from ...core.rules import Rule
 from ...core.ruling import Ruled, with_rules
 
