@@ -22,8 +22,10 @@ help:  ## list the targets
 demo: $(ENV)  ## the tutorials on real models; pictures in out/ (DEMO_ARGS=--short)
 	$(RUN) docs/tutorials/quickstart.py $(DEMO_ARGS)
 	$(RUN) docs/tutorials/attribution.py $(DEMO_ARGS)
+	$(RUN) docs/tutorials/rules.py $(DEMO_ARGS)
 	$(RUN) docs/tutorials/weights.py $(DEMO_ARGS)
 	$(RUN) docs/tutorials/representations.py $(DEMO_ARGS)
+	$(RUN) docs/tutorials/interventions.py $(DEMO_ARGS)
 
 test: $(ENV)  ## the whole suite (TEST_ARGS="-m 'not slow'")
 	$(RUN) -m pytest -q $(TEST_ARGS)

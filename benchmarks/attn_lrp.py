@@ -21,7 +21,8 @@ TITLE = "AttnLRP of a Llama"
 INTRODUCTION = """\
 A Llama of eight blocks of width 256 (random weights, fused attention), the relevance of the embeddings of its tokens for
 the logit of one next token, and of ten. `plain gradient` is autograd's gradient times the embedding: a bound, and another
-number. LXT 2.1, which patches classes of transformers, cannot be imported with the version here (transformers 5)."""
+number. LXT 2.1, which patches classes of transformers, cannot be imported with the version here (transformers 5); with
+transformers 4.53 its numbers are these."""
 
 SITE = "model.embed_tokens"
 PRESETS = {"AttnLRP": rules.attn_lrp, "CP-LRP": rules.cp_lrp, "RelP": rules.relp}
@@ -55,9 +56,13 @@ def _competitors(name: str, count: int, length: int) -> list[Competitor]:
     warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
     model, ids, targets = llama(), tokens(length), list(range(count))
     f, params = tdhook.functionalize(model, use_cache=False, logits_to_keep=1)
-    run = partial(_ours, f, params, ids, PRESETS[name](), targets)
+    chunk_sizes = (None, 1) if count > 1 else (None,)
+    choices = {}
+    for c in chunk_sizes:
+        choices[f"at the embedding, chunk_size={c}"] = partial(_ours, f, params, ids, PRESETS[name](), targets, c)
+        choices[f"embeddings as input, chunk_size={c}"] = partial(_of_embeddings, f, params, ids, PRESETS[name](), targets, c)
     return [
-        Competitor("ours", {f"chunk_size={c}": partial(run, c) for c in ((None, 1) if count > 1 else (None,))}),
+        Competitor("ours", choices),
         Competitor(PLAIN, {"": _unlike(_plain(model, ids, targets))}, view=_nothing, note="another number; a bound"),
     ]
 
@@ -69,8 +74,15 @@ def tokens(length: int) -> Tensor:
 
 def _ours(f: Any, params: Any, ids: Tensor, table: Any, targets: list[int], chunk_size: int | None) -> Tensor:
     """[T, 1, length, width]"""
-    some = tdhook.targets.index(targets, key="logits", position=-1)
+    some = tdhook.targets.indices(targets, key="logits", position=-1)
     return lrp(f, params, ids, rules=table, targets=some, at=SITE, chunk_size=chunk_size)[SITE]
+
+
+def _of_embeddings(f: Any, params: Any, ids: Tensor, table: Any, targets: list[int], chunk_size: int | None) -> Tensor:
+    """The same, one forward pass less: an input needs no run that finds its value."""
+    some = tdhook.targets.indices(targets, key="logits", position=-1)
+    inputs = {"inputs_embeds": params["model", "embed_tokens", "weight"][ids]}
+    return lrp(f, params, inputs, rules=table, targets=some, chunk_size=chunk_size)["inputs_embeds"]
 
 
 def _plain(model: nn.Module, ids: Tensor, targets: list[int]) -> Callable[[], Tensor]:

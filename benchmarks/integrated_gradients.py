@@ -98,7 +98,6 @@ def _competitors(width: int, batch: int, targets: tuple[int, ...], options: Opti
         found.append(Competitor(f"{peer}, compiled model", {"internal_batch_size=None": run}, note=note))
     if options.peers.exists() and len(targets) == 2:
         parameters = {
-            "task": "integrated_gradients",
             "threads": options.threads,
             "width": width,
             "batch": batch,

@@ -87,5 +87,5 @@ def patching_sweep(size: str, length: int, differing: int, part: list[list[int]]
 
 
 if __name__ == "__main__":
-    tasks = {"gpt2_cache": gpt2_cache, "mlp_intervene": mlp_intervene, "patching_sweep": patching_sweep}
-    serve(tasks, ("nnsight", "torch", "transformers"))
+    methods = {"gpt2_cache": gpt2_cache, "mlp_intervene": mlp_intervene, "patching_sweep": patching_sweep}
+    serve(methods, ("nnsight", "torch", "transformers"))

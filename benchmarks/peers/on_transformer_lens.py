@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+
+os.environ["TQDM_DISABLE"] = "1"  # its sweeps show progress bars; read when tqdm is imported, which torch does
+
 import sys
 import warnings
 from collections.abc import Callable
@@ -13,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-os.environ["TQDM_DISABLE"] = "1"  # its sweeps show progress bars
 sys.path.append(str(Path(__file__).parent))
 
 from transformer_lens import HookedTransformer, HookedTransformerConfig, patching
@@ -82,7 +84,9 @@ def patching_sweep(size: str, length: int, differing: int, part: list[list[int]]
     @torch.no_grad()
     def run() -> Tensor:
         found = [
-            sweep(model, corrupted, cache, lambda logits: gpt2.logit_difference(logits)[0], index_df=table, index_axis_names=None)
+            sweep(
+                model, corrupted, cache, lambda logits: gpt2.logit_difference(logits)[0], index_df=table, index_axis_names=None
+            )
             for sweep, table in zip(sweeps, tables)
         ]
         return torch.cat(found)
@@ -134,5 +138,5 @@ def edge_attribution(size: str, batch: int, length: int, differing: int) -> Call
 
 
 if __name__ == "__main__":
-    tasks = {"gpt2_cache": gpt2_cache, "patching_sweep": patching_sweep, "edge_attribution": edge_attribution}
-    serve(tasks, ("transformer-lens", "torch", "transformers"))
+    methods = {"gpt2_cache": gpt2_cache, "patching_sweep": patching_sweep, "edge_attribution": edge_attribution}
+    serve(methods, ("transformer-lens", "torch", "transformers"))

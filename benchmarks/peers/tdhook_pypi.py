@@ -38,6 +38,26 @@ def integrated_gradients(steps: int, targets: list[int], **sizes: int) -> Callab
     return run
 
 
+def lrp(**sizes: int) -> Callable[[], list[Tensor]]:
+    """The composite epsilon-plus, from the output itself: what a run returns is [B, *features]."""
+    from tdhook.attribution.lrp_helpers.rules import EpsilonPlus
+
+    from tdhook.attribution import LRP
+
+    model, inputs = neighbour("mlp").mlp(**sizes)
+    method = LRP(
+        rule_mapper=EpsilonPlus(epsilon=1e-6),
+        skip_modules=LRP.default_skip,
+        init_attr_grads=lambda out, _: out.detach(),
+    )
+    hooked = method.prepare(model).__enter__()
+
+    def run() -> list[Tensor]:
+        return [hooked(TensorDict({"input": inputs}, batch_size=len(inputs)))["attr", "input"].detach()]
+
+    return run
+
+
 def gpt2_cache(size: str, batch: int) -> Callable[[], list[Tensor]]:
     """The outputs of all modules; returns the logits, the first MLP's and the last block's."""
     from tdhook.latent import ActivationCaching
@@ -51,7 +71,7 @@ def gpt2_cache(size: str, batch: int) -> Callable[[], list[Tensor]]:
 
     @torch.no_grad()
     def run() -> list[Tensor]:
-        result = hooked(TensorDict({"ids": ids}, batch_size=batch))
+        result = hooked(TensorDict({"ids": ids}, batch_size=[]))
         cache = result["cache"]
         return [result["logits"], cache["model.transformer.h.0.mlp"], cache[f"model.transformer.h.{last}"]]
 
@@ -76,6 +96,7 @@ def _first(output: Any) -> Tensor:
 def mlp_intervene(additions: int, **sizes: int) -> Callable[[], list[Tensor]]:
     """See `benchmarks.mlp_intervene`."""
     from tdhook.session import HookSession
+
     from tdhook.targets import Target
 
     model, x = neighbour("mlp").mlp(**sizes)
@@ -97,5 +118,5 @@ def mlp_intervene(additions: int, **sizes: int) -> Callable[[], list[Tensor]]:
 
 
 if __name__ == "__main__":
-    tasks = {"integrated_gradients": integrated_gradients, "gpt2_cache": gpt2_cache, "mlp_intervene": mlp_intervene}
-    serve(tasks, ("tdhook", "torch", "tensordict"))
+    methods = {f.__name__: f for f in (integrated_gradients, lrp, gpt2_cache, mlp_intervene)}
+    serve(methods, ("tdhook", "torch", "tensordict"))

@@ -28,11 +28,11 @@ def neighbour(name: str) -> ModuleType:
     return module
 
 
-def serve(tasks: Mapping[str, Callable[..., Callable[[], Any]]], packages: Sequence[str]) -> None:
+def serve(methods: Mapping[str, Callable[..., Callable[[], Any]]], packages: Sequence[str]) -> None:
     """Answers commands until the standard input ends.
 
     Args:
-        tasks: for the `task` of `prepare` what makes the function to run from the other parameters.
+        methods: for the `method` of `prepare` what makes the function to run from the other parameters; without it the first.
         packages: whose versions to tell.
     """
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
@@ -43,7 +43,7 @@ def serve(tasks: Mapping[str, Callable[..., Callable[[], Any]]], packages: Seque
         if "prepare" in command:
             parameters = dict(command["prepare"])
             torch.set_num_threads(parameters.pop("threads"))
-            run = tasks[parameters.pop("task")](**parameters)
+            run = methods[parameters.pop("method", next(iter(methods)))](**parameters)
             answer = {name: metadata.version(name) for name in packages}
         elif "run" in command:
             start = perf_counter()

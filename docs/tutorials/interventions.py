@@ -240,7 +240,7 @@ def circuit(out: Path, short: bool) -> list[bool]:
     pair = (f, params, clean, corrupted)
 
     # Every head of the later layers, each by a patch of its own; and all of them by one backward pass.
-    start = 20 if short else 15
+    start = 22 if short else 15
     heads = found.head_output[start:]
     with torch.no_grad():
         measured = activation_patching(*pair, mean, sites=heads, axis=-2)
@@ -271,7 +271,7 @@ def circuit(out: Path, short: bool) -> list[bool]:
 
     # The whole stream at the name that differs is a large change, which is no matter of first order.
     giver = int((clean != corrupted)[0].nonzero()[0])
-    early = found.residual_post[2:12:8]
+    early = found.residual_post[10:11] if short else found.residual_post[2:12:8]
     with torch.no_grad():
         stream = activation_patching(*pair, mean, sites=early, positions=[giver])
     stream_exact = ((stream.patched - stream.corrupted) / gap)[:, 0]
@@ -287,7 +287,7 @@ def circuit(out: Path, short: bool) -> list[bool]:
         scores["EAP-IG"] = circuits.eap_ig(*pair, metric, graph=graph, steps=3, chunk_size=1)
     with torch.no_grad():
         late = torch.arange(graph.starts[graph.readers.index("query 20.0")], len(graph))
-        sample = late[score[late].abs().topk(8 if short else 16).indices]
+        sample = late[score[late].abs().topk(6 if short else 16).indices]
         true = circuits.edge_patching(*pair, metric, graph=graph, edges=sample, chunk_size=4)
         sizes = [100, 3000] if short else [30, 100, 300, 1000, 3000, 10_000]
         curve = {}
@@ -376,10 +376,10 @@ def steer(out: Path, short: bool) -> list[bool]:
     sites = list(found.residual_post)
     vectors = steering.steering_vectors(f, params, sea, land, sites=sites, pool=without_first)
     prompts = padded([tokenizer.encode(text) for text in PROMPTS[: 4 if short else 6]])
-    start, new = prompts["input_ids"].shape[1], 12 if short else 20
+    start, new = prompts["input_ids"].shape[1], 10 if short else 20
 
     # How probable the words are as the next token: all strengths at all layers in one vmapped call.
-    layers, strengths = ([7, 14, 21], [0.0, 1.0, 2.0]) if short else ([4, 9, 14, 19, 24], [0.0, 0.5, 1.0, 2.0, 4.0])
+    layers, strengths = ([9, 19], [0.0, 1.0, 2.0]) if short else ([4, 9, 14, 19, 24], [0.0, 0.5, 1.0, 2.0, 4.0])
     words = torch.tensor([tokenizer.encode(f" {word}")[0] for word in WORDS])
     g, _ = tdhook.functionalize(model, use_cache=False, logits_to_keep=1)
 

@@ -40,7 +40,12 @@ def acdc(
     last to the first, and the edges of each from the last writer to the first.
 
     Args:
-        f, params, clean, corrupted, graph, ablation: as `eap`.
+        f: functional model.
+        params: its parameters.
+        clean: the inputs of the run that is explained, of B examples.
+        corrupted: the inputs of the other run, of the same structure and shapes.
+        graph: writers and readers, as `edge_graph` finds them.
+        ablation: as `eap`.
         metric: function of the output to a tensor [B] or [] (its mean counts) that is lower for outputs nearer to those wanted,
             such as `kl_divergence_from(f(params, clean), key="logits", position=-1)`.
         threshold: how much worse the metric may become by one edge.

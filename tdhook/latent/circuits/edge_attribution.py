@@ -44,7 +44,8 @@ def eap(
     Args:
         f: functional model.
         params: its parameters.
-        clean, corrupted: two inputs of the same structure and shapes, of B examples.
+        clean: the inputs of the run that is explained, of B examples.
+        corrupted: the inputs of the other run, of the same structure and shapes.
         metric: function of the output to a tensor [B], one number for each example, or [].
         graph: writers and readers, as `edge_graph` finds them.
         ablation: what is put in place of corrupted activations: a tensor [U, ...] (`mean_values`), or a number, 0 for zero
@@ -104,7 +105,13 @@ def eap_ig(
       from 0 to 1. The scores of each group sum to the effect of patching the group.
 
     Args:
-        f, params, clean, corrupted, metric, graph, per_example: as `eap`.
+        f: functional model.
+        params: its parameters.
+        clean: the inputs of the run that is explained, of B examples.
+        corrupted: the inputs of the other run, of the same structure and shapes.
+        metric: function of the output to a tensor [B], one number for each example, or [].
+        graph: writers and readers, as `edge_graph` finds them.
+        per_example: whether each example has scores of its own; else those of the mean of the metric.
         path: see above.
         steps: number of points.
         quadrature: the points and their weights. The code of Hanna et al. takes `"riemann_right"` (corrupted but not clean),

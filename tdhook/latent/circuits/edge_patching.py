@@ -43,7 +43,13 @@ def edge_patching(
     What `eap` estimates, with the same sign: an edge that the metric needs has an effect below 0.
 
     Args:
-        f, params, clean, corrupted, metric, graph, ablation: as `eap`.
+        f: functional model.
+        params: its parameters.
+        clean: the inputs of the run that is explained, of B examples.
+        corrupted: the inputs of the other run, of the same structure and shapes.
+        metric: function of the output to a tensor [B], one number for each example, or [].
+        graph: writers and readers, as `edge_graph` finds them.
+        ablation: as `eap`.
         edges: (writer, reader) pairs, or integer Tensor [K] of their numbers; None for all.
         per_example: whether each example has effects of its own; else those of the mean of the metric.
         chunk_size: how many edges of one reader run at once; None for all. It bounds memory and does not change the result.

@@ -59,7 +59,8 @@ def evaluate(
     Args:
         f: functional model.
         params: its parameters.
-        clean, corrupted: two inputs of the same structure and shapes.
+        clean: the inputs of the run that is explained, of B examples.
+        corrupted: the inputs of the other run, of the same structure and shapes.
         circuits: one, or K of one graph.
         metric: function of the output to a tensor [B] or [].
         ablation: as `eap`.

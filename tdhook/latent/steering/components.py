@@ -126,7 +126,8 @@ def clamp(
     Args:
         direction: Tensor [D], or what has one as `.direction`.
         value: the component, in units of activation; a number, or Tensor [] or [B], one for each example.
-        minimum, maximum: bounds, as `value`; at least one of the three has to be given, and a value excludes bounds.
+        minimum: lower bound, as `value`; at least one of the three has to be given, and a value excludes bounds.
+        maximum: upper bound, as `value`.
         positions: which ones; None for all. See `tdhook.latent.steering.positions`.
 
     Returns:

@@ -59,7 +59,8 @@ def principal_difference(positive: Tensor, negative: Tensor) -> Tensor:
     with equal signs centring would take the mean difference away, the very thing that is sought.)
 
     Args:
-        positive, negative: Tensor [*L, N, D], pairs in the same order.
+        positive: Tensor [*L, N, D].
+        negative: Tensor [*L, N, D], pairs in the same order.
 
     Returns:
         Tensor [*L, D], of unit length.
