@@ -6,7 +6,7 @@ TEST_ARGS    ?=
 DEMO_ARGS    ?=
 BENCH_ARGS   ?=
 
-REQUIREMENTS := $(filter-out requirements/peers.txt requirements/floor.txt,$(wildcard requirements/*.txt))
+REQUIREMENTS := $(filter-out requirements/peers%.txt requirements/floor.txt,$(wildcard requirements/*.txt))
 ENV          := .venv/.complete
 RUN          := .venv/bin/python
 
@@ -63,10 +63,11 @@ $(ENV): $(REQUIREMENTS) pyproject.toml
 	$(RUN) -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
-# The package `tdhook` of PyPI has our import name, so it cannot live next to this one.
-.venv-peers/.complete: requirements/peers.txt requirements/constraints.txt
+# The package `tdhook` of PyPI has our import name, so it cannot live next to this one. nnsight and TransformerLens are there too.
+.venv-peers/.complete: requirements/peers.txt requirements/peers_no_deps.txt requirements/constraints.txt
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet -r requirements/peers.txt
+	.venv-peers/bin/python -m pip install --quiet --no-deps -r requirements/peers_no_deps.txt
 	@touch $@
 
 .venv-floor/.complete: requirements/floor.txt requirements/models.txt pyproject.toml

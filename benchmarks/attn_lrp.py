@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import tdhook
-from tdhook.attribution import rules
-from tdhook.attribution.lrp import lrp
+from tdhook.attribution import lrp, rules
 
 from .case import Case, Competitor, Goal, Options
 from .lrp import PLAIN, _nothing, _unlike

@@ -9,7 +9,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 HELLO = (15496, 11, 995, 0)  # "Hello, world!"
 SHAPES = {
     "tiny": {"n_layer": 2, "n_embd": 64, "n_head": 2},
-    "shallow": {"n_layer": 3, "n_embd": 768, "n_head": 12},
+    # with so few layers, GPT-2's own vocabulary would be most of the work
+    "shallow": {"n_layer": 3, "n_embd": 768, "n_head": 12, "vocab_size": 8000},
     "small": {"n_layer": 12, "n_embd": 768, "n_head": 12},
     "medium": {"n_layer": 24, "n_embd": 1024, "n_head": 16},
 }
@@ -24,7 +25,7 @@ def gpt2(size: str, spread: float = 0.02) -> GPT2LMHeadModel:
             between tokens; with 0.1 patches have effects of the order of the logits.
     """
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(**SHAPES[size], initializer_range=spread)).eval()
+    return GPT2LMHeadModel(GPT2Config(**SHAPES[size], initializer_range=spread, bos_token_id=0, eos_token_id=0)).eval()
 
 
 def hello(batch: int) -> Tensor:
@@ -34,9 +35,9 @@ def hello(batch: int) -> Tensor:
 
 def prompts(batch: int, length: int, differing: int) -> tuple[Tensor, Tensor]:
     """Random clean and corrupted ids, [batch, length] each, which differ at one token."""
-    clean = torch.randint(1000, 40_000, (batch, length), generator=torch.Generator().manual_seed(1))
+    clean = torch.randint(1000, 8000, (batch, length), generator=torch.Generator().manual_seed(1))
     corrupted = clean.clone()
-    corrupted[:, differing] += 1
+    corrupted[:, differing] -= 1
     return clean, corrupted
 
 

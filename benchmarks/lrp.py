@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import tdhook
-from tdhook.attribution.lrp import lrp
+from tdhook.attribution import lrp
 from tdhook.attribution.rules import epsilon_plus
 from tests.attribution.rules.oracle import INSTALLED, zennit
 

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import tdhook
-from tdhook.attribution import rules
-from tdhook.attribution.lrp import lrp
-from tdhook.attribution.rules.canonization import merge_batch_norm
+from tdhook.attribution import lrp, rules
 from tests.attribution.rules.oracle import INSTALLED, zennit
 
 from .case import Case, Competitor, Goal, Options
@@ -75,7 +73,7 @@ def merged() -> nn.Module:
         if isinstance(module, nn.Conv2d):
             module.bias = nn.Parameter(torch.zeros(module.out_channels))
     f, params = tdhook.functionalize(model)
-    flat = merge_batch_norm(f, params, images(1)).flatten_keys(".")
+    flat = rules.merge_batch_norm(f, params, images(1)).flatten_keys(".")
     model.load_state_dict(dict(flat.items()), strict=False)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

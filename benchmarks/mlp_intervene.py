@@ -20,8 +20,9 @@ MLP of ten times Linear(width, width) and one shared ReLU. The output of the fir
 of that of the last but one, to which 1 is then added several times, each time by an intervention of its own; the result
 is read, and the last layer is applied to it (the task of tdhook's paper, arXiv 2509.25475). The three values are
 compared. `ours` runs the whole model under nested `intervene`, as the peers do, and for the value of the first layer
-that layer once more. `ours, head and tail` runs the layers before the read and those after the write only, which is all
-that the three values depend on. All under `torch.no_grad()`."""
+that layer once more; its interventions are made in each call, because they hold that value. `ours, head and tail` runs
+the layers before the read and those after the write only, which is all that the three values depend on; it takes the
+value as an argument, so it is made once. All under `torch.no_grad()`."""
 
 HOOKS = "forward hooks"
 NNSIGHT, PYPI = "nnsight 0.8.1", "tdhook 0.3.0 (PyPI)"
@@ -58,12 +59,13 @@ def _competitors(width: int, batch: int, additions: int, options: Options) -> li
         _, values = tdhook.capture(g, before_last)(params, x)
         return [read, values[before_last], last(end, values[before_last])]
 
+    for _ in range(additions):
+        tail = tdhook.intervene(tail, {before_last: _plus_one})
+    read_tail = tdhook.capture(tail, before_last)
+
     def head_and_tail() -> list[Tensor]:
         read = head(params, x)
-        g = tail
-        for _ in range(additions):
-            g = tdhook.intervene(g, {before_last: _plus_one})
-        _, values = tdhook.capture(g, before_last)(params, x, read)
+        _, values = read_tail(params, x, read)
         return [read, values[before_last], last(end, values[before_last])]
 
     found = [

@@ -110,7 +110,8 @@ def main() -> int:
     folder = arguments.out or Path("out/benchmarks" if options.quick else "benchmarks/results")
     folder.mkdir(parents=True, exist_ok=True)
     if not options.peers.exists():
-        print(f"{options.peers} does not exist: without tdhook 0.3.0 of PyPI (make .venv-peers/.complete)")
+        missing = "tdhook 0.3.0 of PyPI, nnsight and TransformerLens"
+        print(f"{options.peers} does not exist: without {missing} (make .venv-peers/.complete)")
     for name in arguments.only or TASKS:
         run_task(name, options, folder, arguments.case)
     found = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]

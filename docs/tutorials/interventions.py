@@ -25,7 +25,9 @@ from torch.func import vmap
 
 import tdhook
 from real_models import minilm, smollm2
+from tdhook.attribution.rules import relp
 from tdhook.latent import (
+    Names,
     ablate,
     ablation_effects,
     activation_patching,
@@ -39,7 +41,15 @@ from tdhook.latent import (
 )
 from tdhook.plotting import curves, matrix_map, site_position_map
 
-model_of = cache(smollm2)
+
+@cache
+def language() -> tuple[Any, Any, Names]:
+    """The model, its tokenizer, and its standard names.
+
+    One run on fake tensors tells what is what. The same call names the parts of a GPT-2, a Gemma, a BERT or a ViT.
+    """
+    model, tokenizer = smollm2()
+    return model, tokenizer, names(*tdhook.functionalize(model, use_cache=False))
 
 
 def main() -> int:
@@ -74,10 +84,8 @@ PROMPT = "The Eiffel Tower stands in the city of"
 def lens(out: Path, short: bool) -> list[bool]:
     """The logit lens for one prompt, and which heads and MLPs wrote the answer."""
     headline("Lenses: where SmolLM2 has the answer")
-    model, tokenizer = model_of()
+    model, tokenizer, found = language()
     f, params = tdhook.functionalize(model, use_cache=False)
-    # One run on fake tensors tells what is what. The same call names the parts of a GPT-2, a Gemma, a BERT or a ViT.
-    found = names(f, params)
     print(found)
 
     ids, tokens = torch.tensor([tokenizer.encode(PROMPT)]), tokenizer.tokens(PROMPT)
@@ -131,9 +139,8 @@ def lens(out: Path, short: bool) -> list[bool]:
 def induction(out: Path, short: bool) -> list[bool]:
     """Induction heads, found by where they look, confirmed by taking them away."""
     headline("Induction heads: SmolLM2 on random tokens that repeat")
-    model, _ = model_of()
+    model, _, found = language()
     f, params = tdhook.functionalize(model, use_cache=False)
-    found = names(f, params)
     random = torch.Generator().manual_seed(0)
     period, count, draws = 24, 10, 2 if short else 4
     ids = lenses.repeated_tokens(40_000, period, 2 if short else 4, generator=random)
@@ -215,9 +222,8 @@ PAIRS = [("Mary", "John"), ("Tom", "James"), ("Anna", "Paul"), ("Sarah", "David"
 def circuit(out: Path, short: bool) -> list[bool]:
     """Which heads carry the name: measured, estimated, and as a circuit of edges."""
     headline("The indirect object: heads, edges and circuits of SmolLM2")
-    model, tokenizer = model_of()
+    model, tokenizer, found = language()
     f, params = tdhook.functionalize(model, use_cache=False, logits_to_keep=1)
-    found = names(f, params)
 
     # Each pair differs in who gives, hence in who is given to; names come in both orders.
     clean_texts, corrupted_texts, answers = [], [], []
@@ -260,6 +266,11 @@ def circuit(out: Path, short: bool) -> list[bool]:
     )
     figure.savefig(out / "name_heads.png", dpi=80)
     agreement = {"attribution patching": pearson(exact, linear), "integrated gradients": pearson(exact, averaged)}
+    # RelP is attribution patching of a model with another backward pass: norms, activations and gates taken as linear.
+    relevance = tdhook.with_rules(f, relp())
+    if not short:
+        by_rules = attribution_patching(relevance, *pair[1:], mean, sites=heads, axis=-2).effects / gap
+        agreement["RelP"] = pearson(exact, by_rules)
     best = exact.abs().flatten().topk(6).indices
     print(f"difference of logits: clean {measured.clean:+.2f}, corrupted {measured.corrupted:+.2f}")
     print(f"  {'head':<6}{'measured':>10}{'linear':>10}{'averaged':>10}")
@@ -278,6 +289,9 @@ def circuit(out: Path, short: bool) -> list[bool]:
     stream_linear = (attribution_patching(*pair, mean, sites=early, positions=[giver]).effects / gap)[:, 0]
     for site, true, estimate in zip(early, stream_exact, stream_linear, strict=True):
         print(f"  the stream at the name, {site}: measured {true:.2f}, linear {estimate:.2f}")
+    if not short:
+        by_rules = attribution_patching(relevance, *pair[1:], mean, sites=early, positions=[giver]).effects / gap
+        print(f"  by RelP: {', '.join(f'{value:.2f}' for value in by_rules.flatten())}")
 
     # Edges: 301 writers, 481 readers, 70,651 edges; all of them scored by one backward pass.
     graph = circuits.edge_graph(f, params, names=found)
@@ -362,9 +376,8 @@ WORDS = str.split("sea ocean ship boat fish wave beach sail water whale shore ti
 def steer(out: Path, short: bool) -> list[bool]:
     """A direction from ten sentences, added to the residual stream while the model writes."""
     headline("Steering: to the sea")
-    model, tokenizer = model_of()
+    model, tokenizer, found = language()
     f, params = tdhook.functionalize(model)
-    found = names(f, params)
 
     def without_first(value: Tensor, mask: Tensor | None) -> Tensor:
         """The mean over tokens but the first, whose activations are so huge that lengths of sentences would be all one sees."""

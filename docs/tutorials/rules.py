@@ -26,11 +26,8 @@ from torch.nn.functional import cosine_similarity
 import tdhook
 from real_models import efficientnet, imagenet_classes, minilm, photograph, smollm2
 from tdhook import attribution, metrics
-from tdhook.attribution import rules
-from tdhook.attribution.lrp import lrp
-from tdhook.attribution.rules.canonization import merge_batch_norm
-from tdhook.latent import activation_patching
-from tdhook.latent.attribution_patching import attribution_patching
+from tdhook.attribution import lrp, rules
+from tdhook.latent import activation_patching, attribution_patching
 from tdhook.plotting import curves, heat_map_gallery, tokens_html, tokens_terminal
 
 
@@ -71,7 +68,7 @@ def network() -> tuple[Any, Any, Any]:
     # A batch norm shifts and scales, so a rule for "activation times weight" has nothing to say about it. Merged into the
     # convolution before it, which stays the same function, it is part of the weights that the rule sees. `params` is a
     # TensorDict, so this makes another one: no module is touched.
-    return f, params, merge_batch_norm(f, params, torch.zeros(1, 3, 224, 224))
+    return f, params, rules.merge_batch_norm(f, params, torch.zeros(1, 3, 224, 224))
 
 
 def presets() -> dict[str, rules.Rules]:
