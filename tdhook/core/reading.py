@@ -35,12 +35,14 @@ class Reader(Handler):
 
     def result(self) -> dict[str, Tensor]:
         """The values in the order of the request, under canonical names."""
+        found: dict[Want, list[tuple[Site, Tensor]]] = {want: [] for want in self.wants}
+        for (want, site), value in self.values.items():
+            found[want].append((site, value))
         named = {}
-        for wanted in self.wants:
-            for (want, site), value in self.values.items():
-                if want is wanted:
-                    once = not want.exact and self.calls(site) == 1 and want.site.call is None
-                    named[str(replace(site, call=None) if once else site)] = value
+        for want, values in found.items():
+            for site, value in values:
+                once = not want.exact and self.calls(site) == 1 and want.site.call is None
+                named[str(replace(site, call=None) if once else site)] = value
         return named
 
 

@@ -18,12 +18,14 @@ knows the module paths of one model and resolves addresses and patterns against 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Union
 
+from .compat import is_compiling
 from .errors import SiteError, did_you_mean
 
 SiteLike = Union[str, "Site", re.Pattern, Callable[[str], bool]]
@@ -121,12 +123,7 @@ class Site:
         )
 
     def __str__(self) -> str:
-        text = join_path(self.path)
-        text += f"/{self.op}" if self.op else ""
-        text += f"@{self.call}" if self.call is not None else ""
-        if self.port != "out" or self.keys or not text:
-            text += f":{self.port}" + "".join(map(_print_key, self.keys))
-        return text
+        return _print(self) if is_compiling() else _remembered(self)  # Dynamo warns of a cache
 
     def __repr__(self) -> str:
         return f"Site({str(self)!r})"
@@ -135,6 +132,18 @@ class Site:
     def is_pattern(self) -> bool:
         """Whether the address may stand for several values."""
         return self.op == "*" or self.call == "*" or any(isinstance(c, (Glob, Slice)) for c in self.path)
+
+
+def _print(site: Site) -> str:
+    text = join_path(site.path)
+    text += f"/{site.op}" if site.op else ""
+    text += f"@{site.call}" if site.call is not None else ""
+    if site.port != "out" or site.keys or not text:
+        text += f":{site.port}" + "".join(map(_print_key, site.keys))
+    return text
+
+
+_remembered = functools.lru_cache(maxsize=2**16)(_print)
 
 
 def _parse_path(text: str, path: str) -> tuple[Component, ...]:
