@@ -384,7 +384,7 @@ def patching(out: Path, short: bool) -> list[bool]:
     for name, row in means.items():
         print(f"{name:<26}" + "".join(f"{value:>12.3f}" for value in row.values()) + f"{seconds[name]:>12.1f}")
     print(f"{'exact patches':<26}" + 36 * " " + f"{seconds['exact']:>12.1f}")
-    print("\nHere a repeated name is held back through where attention looks: with frozen patterns it seems to help.")
+    print("\nWith frozen patterns (AH) the effect of attention may come out with the wrong sign: compare before trusting it.")
     better = means["RelP"]["MLP"] - means["attribution patching"]["MLP"]
     return [
         check("RelP correlates with exact patches of MLPs", means["RelP"]["MLP"] > 0.7, means["RelP"]["MLP"]),
