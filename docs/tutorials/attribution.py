@@ -10,7 +10,6 @@ true. The script ends with an error if one of them does not hold.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 import warnings
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, cosine_similarity, interpolate
 
 import tdhook
+from checked_parts import check, headline, run
 from real_models import efficientnet, imagenet_classes, minilm, photograph, smollm2
 from tdhook import attribution, metrics
 from tdhook.attribution import aggregate_tokens, integrated_gradients, sequence_attribution
@@ -34,23 +34,7 @@ from tdhook.plotting import curves, heat_map_gallery, token_matrix, tokens_html,
 def main() -> int:
     """Run all parts; return the number of checks that failed."""
     parts = {"maps": maps, "classes": all_classes, "tokens": tokens, "steps": path_points, "sentences": sentences}
-    arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    arguments.add_argument("--short", action="store_true", help="fewer path points, methods and tokens: under a minute")
-    arguments.add_argument("--only", choices=parts, help="run one part")
-    arguments.add_argument("--out", type=Path, default=Path("out"), help="folder of the pictures")
-    options = arguments.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-
-    start = time.perf_counter()
-    checks: list[bool] = []
-    for name, part in parts.items():
-        if options.only in (None, name):
-            begun = time.perf_counter()
-            checks += part(options.out, options.short)
-            print(f"({time.perf_counter() - begun:.0f} s)", flush=True)
-    failed = checks.count(False)
-    print(f"\n{len(checks)} checks, {failed} failed; pictures in {options.out}/, {time.perf_counter() - start:.0f} s")
-    return failed
+    return run(parts, __doc__, short="fewer path points, methods and tokens: under a minute")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -513,17 +497,6 @@ def sentences(out: Path, short: bool) -> list[bool]:
 def relative(values: Tensor, reference: Tensor) -> float:
     """The largest difference, relative to the largest number of the reference."""
     return ((values - reference).abs().max() / reference.abs().max()).item()
-
-
-def check(claim: str, holds: Any, value: Any = None) -> bool:
-    """Print a claim and whether it holds."""
-    number = "" if value is None else f" ({float(value):.2g})"
-    print(f"  {'ok    ' if holds else 'FAILED'}  {claim}{number}", flush=True)
-    return bool(holds)
-
-
-def headline(text: str) -> None:
-    print(f"\n{text}\n{'─' * len(text)}", flush=True)
 
 
 if __name__ == "__main__":

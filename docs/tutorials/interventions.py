@@ -10,9 +10,7 @@ true. The script ends with an error if one of them does not hold.
 
 from __future__ import annotations
 
-import argparse
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
@@ -24,6 +22,7 @@ from torch import Tensor
 from torch.func import vmap
 
 import tdhook
+from checked_parts import check, headline, run
 from real_models import minilm, smollm2
 from tdhook.attribution.rules import relp
 from tdhook.latent import (
@@ -55,23 +54,7 @@ def language() -> tuple[Any, Any, Names]:
 def main() -> int:
     """Run all parts; return the number of checks that failed."""
     parts = {"lens": lens, "induction": induction, "circuit": circuit, "steering": steer, "others": others}
-    arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    arguments.add_argument("--short", action="store_true", help="fewer heads, prompts and circuits")
-    arguments.add_argument("--only", choices=parts, help="run one part")
-    arguments.add_argument("--out", type=Path, default=Path("out"), help="folder of the pictures")
-    options = arguments.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-
-    start = time.perf_counter()
-    checks: list[bool] = []
-    for name, part in parts.items():
-        if options.only in (None, name):
-            begun = time.perf_counter()
-            checks += part(options.out, options.short)
-            print(f"({time.perf_counter() - begun:.0f} s)", flush=True)
-    failed = checks.count(False)
-    print(f"\n{len(checks)} checks, {failed} failed; pictures in {options.out}/, {time.perf_counter() - start:.0f} s")
-    return failed
+    return run(parts, __doc__, short="fewer heads, prompts and circuits")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -532,17 +515,6 @@ def show(rows: list[tuple[str, str]]) -> None:
     """Print two columns."""
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"  {name:<{width}}  {text}" for name, text in rows))
-
-
-def headline(text: str) -> None:
-    """Print a title."""
-    print(f"\n{text}\n{'-' * len(text)}", flush=True)
-
-
-def check(what: str, holds: bool) -> bool:
-    """Print and return whether something holds."""
-    print(f"  {'ok    ' if holds else 'FAILED'} {what}", flush=True)
-    return holds
 
 
 if __name__ == "__main__":

@@ -10,10 +10,8 @@ true. The script ends with an error if one of them does not hold.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor
 
 import tdhook
+from checked_parts import check, headline, run
 from real_models import digits, efficientnet, imagenet_classes, minilm, photograph, smollm2
 from tdhook.latent import collect, concepts, dimension, names, probes, similarity, top_activating
 from tdhook.plotting import curves, matrix_map
@@ -31,23 +30,7 @@ from tdhook.plotting import curves, matrix_map
 def main() -> int:
     """Run all parts; return the number of checks that failed."""
     parts = {"number": number, "similarity": layers, "dimension": dimensions, "digits": images, "stripes": stripes}
-    arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    arguments.add_argument("--short", action="store_true", help="fewer sentences, texts and resamplings")
-    arguments.add_argument("--only", choices=parts, help="run one part")
-    arguments.add_argument("--out", type=Path, default=Path("out"), help="folder of the pictures")
-    options = arguments.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-
-    start = time.perf_counter()
-    checks: list[bool] = []
-    for name, part in parts.items():
-        if options.only in (None, name):
-            begun = time.perf_counter()
-            checks += part(options.out, options.short)
-            print(f"({time.perf_counter() - begun:.0f} s)", flush=True)
-    failed = checks.count(False)
-    print(f"\n{len(checks)} checks, {failed} failed; pictures in {options.out}/, {time.perf_counter() - start:.0f} s")
-    return failed
+    return run(parts, __doc__, short="fewer sentences, texts and resamplings")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -380,17 +363,6 @@ def show(rows: list[tuple[str, str]]) -> None:
     """Print two columns."""
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"  {name:<{width}}  {text}" for name, text in rows))
-
-
-def headline(text: str) -> None:
-    """Print a title."""
-    print(f"\n{text}\n{'-' * len(text)}", flush=True)
-
-
-def check(what: str, holds: bool) -> bool:
-    """Print and return whether something holds."""
-    print(f"  {'ok    ' if holds else 'FAILED'} {what}", flush=True)
-    return holds
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ with an error if one of them does not hold.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 import warnings
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 import tdhook
+from checked_parts import check, headline, run
 from real_models import efficientnet, imagenet_classes, minilm, photograph, smollm2
 from tdhook import attribution, metrics
 from tdhook.attribution import lrp, rules
@@ -34,23 +34,7 @@ from tdhook.plotting import curves, heat_map_gallery, tokens_html, tokens_termin
 def main() -> int:
     """Run all parts; return the number of checks that failed."""
     parts = {"maps": maps, "flipping": flipping, "tokens": tokens, "sentences": sentences, "relp": patching, "lstm": lstm}
-    arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    arguments.add_argument("--short", action="store_true", help="fewer images, prompts and layers: under a minute")
-    arguments.add_argument("--only", choices=parts, help="run one part")
-    arguments.add_argument("--out", type=Path, default=Path("out"), help="folder of the pictures")
-    options = arguments.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-
-    start = time.perf_counter()
-    checks: list[bool] = []
-    for name, part in parts.items():
-        if options.only in (None, name):
-            begun = time.perf_counter()
-            checks += part(options.out, options.short)
-            print(f"({time.perf_counter() - begun:.0f} s)", flush=True)
-    failed = checks.count(False)
-    print(f"\n{len(checks)} checks, {failed} failed; pictures in {options.out}/, {time.perf_counter() - start:.0f} s")
-    return failed
+    return run(parts, __doc__, short="fewer images, prompts and layers: under a minute")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -475,17 +459,6 @@ def lstm(out: Path, short: bool) -> list[bool]:
 def relative(values: Tensor, reference: Tensor) -> float:
     """The largest difference, relative to the largest number of the reference."""
     return ((values - reference).abs().max() / reference.abs().max()).item()
-
-
-def check(claim: str, holds: Any, value: Any = None) -> bool:
-    """Print a claim and whether it holds."""
-    number = "" if value is None else f" ({float(value):.2g})"
-    print(f"  {'ok    ' if holds else 'FAILED'}  {claim}{number}", flush=True)
-    return bool(holds)
-
-
-def headline(text: str) -> None:
-    print(f"\n{text}\n{'─' * len(text)}", flush=True)
 
 
 if __name__ == "__main__":

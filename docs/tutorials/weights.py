@@ -11,10 +11,8 @@ with another way of computing them, or with what is known to be true. The script
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
-import time
 import warnings
 from functools import cache, partial
 from pathlib import Path
@@ -29,6 +27,7 @@ from torch.func import grad, vmap
 from torch.nn.functional import cross_entropy, interpolate
 
 import tdhook
+from checked_parts import check, headline, run
 from real_models import digits, efficientnet, photograph, smollm2
 from tdhook import weights
 from tdhook.latent import activation_patching
@@ -38,23 +37,7 @@ from tdhook.plotting import curves
 def main() -> int:
     """Run all parts; return the number of checks that failed."""
     parts = {"pruning": pruning, "editing": editing, "vectors": task_vectors, "influence": influence, "lens": lens}
-    arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    arguments.add_argument("--short", action="store_true", help="fewer amounts, texts and steps: under half a minute")
-    arguments.add_argument("--only", choices=parts, help="run one part")
-    arguments.add_argument("--out", type=Path, default=Path("out"), help="folder of the pictures")
-    options = arguments.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-
-    start = time.perf_counter()
-    checks: list[bool] = []
-    for name, part in parts.items():
-        if options.only in (None, name):
-            begun = time.perf_counter()
-            checks += part(options.out, options.short)
-            print(f"({time.perf_counter() - begun:.0f} s)", flush=True)
-    failed = checks.count(False)
-    print(f"\n{len(checks)} checks, {failed} failed; pictures in {options.out}/, {time.perf_counter() - start:.0f} s")
-    return failed
+    return run(parts, __doc__, short="fewer amounts, texts and steps: under half a minute")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -607,17 +590,6 @@ def lens(out: Path, short: bool) -> list[bool]:
 def relative(values: Tensor, reference: Tensor) -> float:
     """The largest difference, relative to the largest number of the reference."""
     return ((values - reference).abs().max() / reference.abs().max()).item()
-
-
-def check(claim: str, holds: Any, value: Any = None) -> bool:
-    """Print a claim and whether it holds."""
-    number = "" if value is None else f" ({float(value):.2g})"
-    print(f"  {'ok    ' if holds else 'FAILED'}  {claim}{number}", flush=True)
-    return bool(holds)
-
-
-def headline(text: str) -> None:
-    print(f"\n{text}\n{'─' * len(text)}", flush=True)
 
 
 if __name__ == "__main__":
