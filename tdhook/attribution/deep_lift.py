@@ -17,7 +17,7 @@ from ..core.randomness import integers, require_generator
 from ..core.ruling import Ruled, with_rules
 from ..core.targets import Targets, check
 from ..core.transforms import Sites, exact_wants, require_sites
-from .expected_gradients import _Set, _sets
+from .expected_gradients import BaselineSet, baseline_sets
 from .paths import straight_path
 from .rules.deep_lift import rescale
 from .rules.reveal_cancel import reveal_cancel
@@ -143,7 +143,7 @@ def deep_lift_shap(
     require_generator(generator)
     g = _compared(f, rule, targets, chunk_size, "deep_lift_shap")
     what = explained(f, params, inputs, at)
-    sets = _sets(f, params, inputs, baselines, at, what)
+    sets = baseline_sets(f, params, inputs, baselines, at, what)
     rows = _rows(sets, what, samples, generator)
     moments: list[Moments] = []
     several: list[bool] = []
@@ -202,7 +202,7 @@ def _attributions(
     return [m * (end - start) for m, end, start in zip(multipliers, what.values, starts)], plural
 
 
-def _rows(sets: list[_Set], what: Explained, samples: int | None, generator: torch.Generator | None) -> Tensor:
+def _rows(sets: list[BaselineSet], what: Explained, samples: int | None, generator: torch.Generator | None) -> Tensor:
     """Which baselines are taken: [N] for all examples alike, or [S, B] for each its own, [S] for whole batches."""
     device, count = what.values[0].device, len(sets[0].values)
     if samples is None:

@@ -97,7 +97,9 @@ def expected_gradients(
     require_gradients("expected_gradients")
     warn_if_stochastic(f, "expected_gradients")
     what = explained(f, params, inputs, at)
-    draws = Draws(what.values, _sets(f, params, inputs, baselines, at, what), samples, float(noise), stratified, generator)
+    draws = Draws(
+        what.values, baseline_sets(f, params, inputs, baselines, at, what), samples, float(noise), stratified, generator
+    )
     moments: list[Moments] = []
     plural = False
     for chunk in chunks(samples, chunk_size):
@@ -116,7 +118,7 @@ def expected_gradients(
 
 
 @dataclass(frozen=True)
-class _Set:
+class BaselineSet:
     """The baselines of one tensor: [N, *features] for an example each, or [N, *shape] for the whole tensor."""
 
     values: Tensor
@@ -132,7 +134,7 @@ class Draws:
     def __init__(
         self,
         ends: list[Tensor],
-        sets: list[_Set],
+        sets: list[BaselineSet],
         samples: int,
         noise: float,
         stratified: bool,
@@ -193,7 +195,7 @@ def _moments(
     return [Moments(len(points[0]), mean, squares) for mean, squares in each], several[0]
 
 
-def _sets(f: Any, params: Any, inputs: Any, baselines: Any, at: Sites | None, what: Explained) -> list[_Set]:
+def baseline_sets(f: Any, params: Any, inputs: Any, baselines: Any, at: Sites | None, what: Explained) -> list[BaselineSet]:
     """The set of baselines of each tensor."""
     if at is None:
         given, names = what.flatten("baselines", baselines), ["baselines"] * len(what.values)
@@ -216,7 +218,7 @@ def _sets(f: Any, params: Any, inputs: Any, baselines: Any, at: Sites | None, wh
     return sets
 
 
-def _set(name: str, value: Any, end: Tensor) -> _Set:
+def _set(name: str, value: Any, end: Tensor) -> BaselineSet:
     wanted = f"[N, {', '.join(map(str, end.shape[1:]))}]" if end.ndim > 1 else "[N]"
     if not isinstance(value, Tensor) or value.dtype != end.dtype or value.device != end.device:
         raise InputError(
@@ -229,7 +231,7 @@ def _set(name: str, value: Any, end: Tensor) -> _Set:
         )
     if not len(value):
         raise InputError(f"{name} is an empty set; give at least one baseline.")
-    return _Set(value, whole)
+    return BaselineSet(value, whole)
 
 
 def _activations(f: Any, params: Any, inputs: Any, baselines: Any, sites: list[str]) -> list[Tensor]:

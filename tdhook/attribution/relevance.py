@@ -28,7 +28,10 @@ def ruled(f: Any, rules: Any, method: str) -> Any:
     if rules is not None:
         return with_rules(f, rules)
     if not isinstance(f, Ruled):
-        raise RuleError("rules is None, and f has none; give a preset such as tdhook.attribution.rules.epsilon_plus().")
+        raise RuleError(
+            "rules is None, and f is not what tdhook.with_rules returned; give a preset such as "
+            "tdhook.attribution.rules.epsilon_plus(), or put with_rules around the other transforms."
+        )
     return f
 
 

@@ -21,6 +21,16 @@ def is_wrapped(tensor: Tensor) -> bool:
     return _functorch.is_functorch_wrapped_tensor(tensor)
 
 
+def visible(*tensors: Tensor) -> bool:
+    """Whether values can be looked at: outside of vmap, grad and compilation."""
+    return not is_compiling() and not any(is_wrapped(t) or t.is_meta for t in tensors)
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Equal for tensors that share memory, as long as both are kept."""
+    return tensor.untyped_storage()._cdata
+
+
 def is_batched(tensor: Tensor) -> bool:
     """Whether a vmap around us has given a tensor a hidden axis."""
     return _functorch.is_batchedtensor(tensor)

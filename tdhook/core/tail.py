@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .compat import is_compiling, unwrapped
+from .compat import is_compiling, storage_key, unwrapped
 from .errors import InputError
 from .functional import Execution, FunctionalModel
 from .scope import Handler, Observer
@@ -79,7 +79,7 @@ class _Flow(Observer):
         for tensor in reachable_tensors(value):
             tensor = unwrapped(tensor)  # of a vmap or grad of the model's own
             self.keep.append(tensor)
-            found.add(tensor.untyped_storage()._cdata)
+            found.add(storage_key(tensor))
         return found
 
     def enter(self, path: str, call: int, args: tuple, kwargs: dict) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compat import is_compiling, is_wrapped
+from .compat import visible
 from .errors import InputError
 from .structure import describe
 
@@ -64,8 +64,7 @@ def unit_mask(units: Tensor, value: Tensor, axis: int | None, site: str, known: 
         raise InputError(f"the units at {site!r} are a mask of shape {list(units.shape)} for {describe(value)} along {axis}.")
     if not mask:
         known = units if known is None else known
-        seen = not is_compiling() and not is_wrapped(known)
-        if seen and not ((known >= -count) & (known < count)).all():
+        if visible(known) and not ((known >= -count) & (known < count)).all():
             raise InputError(f"the units {known.flatten().tolist()} are out of range for {count} units at {site!r}.")
         units = (torch.arange(count, device=units.device)[:, None] == units % count).any(-1)
     return units.reshape(-1, *[1] * (value.ndim - 1 - axis % value.ndim))

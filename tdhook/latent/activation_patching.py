@@ -9,10 +9,10 @@ import torch
 from tensordict import tensorclass
 from torch import Tensor
 
+from ..core.compat import visible
 from ..core.errors import InputError
 from ..core.functional import FunctionalModel
 from ..core.progress import Progress
-from .concepts.directions import visible
 from .patches import Axis, Indices, Where, as_axes, same_grids, sweep, views, wants_of
 from .runs import check_runs, two_runs
 from .subspaces import Subspace, subspace_at

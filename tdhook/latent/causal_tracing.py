@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import require_number, require_positive, warn_if_stochastic
+from ..core.compat import visible
 from ..core.errors import InputError
 from ..core.estimate import Estimate, Moments
 from ..core.functional import FunctionalModel
@@ -20,7 +21,6 @@ from ..core.sites import SiteLike
 from ..core.structure import describe
 from ..core.transforms import exact_wants
 from ..core.writing import Intervene
-from .concepts.directions import visible
 from .patches import Axis, Indices, Metric, Where, as_axes, measured, same_grids, sweep, views, wants_of
 
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ..core.batching import vmap_or_loop
+from ..core.compat import visible
 from ..core.errors import InputError, SiteError, TargetError
 from ..core.functional import FunctionalModel
 from ..core.replay import Tape
 from ..core.sites import SiteLike, Tree, Want
 from ..core.structure import describe
 from ..core.transforms import require_sites
-from .concepts.directions import visible
 from .names.layout import HeadLayout
 
 Where = SiteLike | HeadLayout | Sequence[SiteLike | HeadLayout]

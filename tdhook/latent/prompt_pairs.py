@@ -10,9 +10,9 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..core.compat import visible
 from ..core.errors import InputError
 from ..core.structure import describe
-from .concepts.directions import visible
 
 MASK = "attention_mask"
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..core.checks import warn_if_stochastic
+from ..core.compat import visible
 from ..core.errors import InputError, SiteError, did_you_mean
 from ..core.functional import FunctionalModel
 from ..core.reading import Capture
 from ..core.structure import describe
 from ..core.writing import Intervene
-from .concepts.directions import visible
 from .patches import Axis, Indices, as_axes, at_indices, grid, views, wants_of, writes
 from .prompt_pairs import require_aligned
 

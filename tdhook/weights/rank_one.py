@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.compat import is_compiling, is_wrapped
+from ..core.compat import visible
 from ..core.errors import InputError
 from ..core.structure import describe
 
@@ -84,13 +84,8 @@ def _require_shapes(rows: Tensor, keys: Tensor, values: Tensor, covariance: Tens
         )
 
 
-def _visible(tensor: Tensor) -> bool:
-    """Whether decisions can be made by value."""
-    return not is_compiling() and not is_wrapped(tensor)
-
-
 def _require_regular(factor: Tensor, failed: Tensor) -> None:
-    if not _visible(factor):
+    if not visible(factor):
         return
     diagonal = factor.diagonal()
     # By rounding, a matrix that lacks a direction may still have a Cholesky factor, with a diagonal that is too small.
@@ -103,5 +98,5 @@ def _require_regular(factor: Tensor, failed: Tensor) -> None:
 
 
 def _require_independent(gram: Tensor) -> None:
-    if _visible(gram) and torch.linalg.matrix_rank(gram, hermitian=True) < len(gram):
+    if visible(gram) and torch.linalg.matrix_rank(gram, hermitian=True) < len(gram):
         raise InputError("key is zero, or the keys depend on each other linearly; give keys that a matrix can tell apart.")

@@ -289,7 +289,7 @@ def test_the_absorbed_can_be_differentiated():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"rules": None}, errors.RuleError, "rules is None, and f has none"),
+        ({"rules": None}, errors.RuleError, "rules is None, and f is not what"),
         ({"start": "half"}, errors.InputError, "start is 'half'"),
         ({"chunk_size": 0}, errors.InputError, "chunk_size is an integer of at least 1 or None, got 0"),
         ({"targets": []}, errors.TargetError, "targets is empty"),

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ...core.batching import chunks
 from ...core.checks import require_positive
+from ...core.compat import visible
 from ...core.errors import InputError
 from ...core.structure import describe
-from .directions import as_directions, visible
+from .directions import as_directions
 
 Fit = Callable[[Tensor, Tensor], Any]
 

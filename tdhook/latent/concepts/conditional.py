@@ -12,8 +12,9 @@ from ...core.functional import FunctionalModel
 from ...core.sites import Site
 from ...core.structure import describe
 from ...core.transforms import exact_wants, require_sites
+from ...core.units import through, unit_mask
 from ...core.writing import intervene
-from .directions import as_directions, checked_axis, orthonormal, rows_of, visible
+from .directions import as_directions, checked_axis, orthonormal, rows_of
 
 
 def through_units(f: FunctionalModel, site: str | Site, units: Any, *, axis: int | None = None) -> FunctionalModel:
@@ -62,14 +63,7 @@ def through_units(f: FunctionalModel, site: str | Site, units: Any, *, axis: int
     chosen = _as_units(units)
 
     def restricted(value: Tensor) -> Tensor:
-        where = checked_axis(axis, value, name)
-        if where is None:
-            if value.ndim != 2:
-                raise InputError(f"{name!r} holds {describe(value)}; give axis=1 for channels or axis=-1 for token features.")
-            where = 1
-        mask = _mask(chosen.to(value.device), value.shape[where], name)
-        mask = mask.reshape(-1, *[1] * (value.ndim - 1 - where))
-        return torch.where(mask, value, value.detach())
+        return through(value, unit_mask(chosen.reshape(-1), value, axis, name))
 
     return intervene(f, {site: restricted})
 
@@ -141,14 +135,3 @@ def _as_units(units: Any) -> Tensor:
     if not integers or units.ndim > 1 or not units.numel() or (units.dtype == torch.bool and units.ndim == 0):
         raise InputError(f"units is {describe(units)}; give an index, several, an integer tensor [] or [U], or a mask [C].")
     return units
-
-
-def _mask(units: Tensor, count: int, site: str) -> Tensor:
-    """The units as a boolean mask [C]."""
-    if units.dtype == torch.bool:
-        if len(units) != count:
-            raise InputError(f"units is a mask of {len(units)} for {count} units at {site!r}.")
-        return units
-    if visible(units) and not ((units >= -count) & (units < count)).all():
-        raise InputError(f"units has {units.tolist()}, out of range for {count} units at {site!r}.")
-    return (torch.arange(count, device=units.device)[:, None] == units.reshape(-1) % count).any(-1)

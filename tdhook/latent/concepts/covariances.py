@@ -8,9 +8,9 @@ import torch
 from tensordict import tensorclass
 from torch import Tensor
 
+from ...core.compat import visible
 from ...core.errors import InputError
 from ...core.structure import describe
-from .directions import visible
 
 
 @tensorclass

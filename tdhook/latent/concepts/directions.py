@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.compat import is_compiling, is_wrapped
+from ...core.compat import visible
 from ...core.errors import InputError
 from ...core.structure import describe
 
@@ -29,11 +29,6 @@ def as_directions(name: str, given: Any, nonzero: bool = True) -> Tensor:
         if nonzero and not directions.any():
             raise InputError(f"{name} is zero; give a direction that points somewhere.")
     return directions
-
-
-def visible(*tensors: Tensor) -> bool:
-    """Whether values can be looked at: outside of vmap, grad and compilation."""
-    return not is_compiling() and not any(is_wrapped(t) or t.is_meta for t in tensors)
 
 
 def orthonormal(rows: Tensor) -> Tensor:

@@ -8,10 +8,11 @@ import torch
 from tensordict import tensorclass
 from torch import Tensor
 
+from ...core.compat import visible
 from ...core.errors import InputError
 from ...core.structure import describe
 from .covariances import Covariances, covariances, wide_dtype
-from .directions import as_directions, orthonormal, visible
+from .directions import as_directions, orthonormal
 
 
 @tensorclass

@@ -11,10 +11,10 @@ from tensordict import tensorclass
 from torch import Tensor
 
 from ...core.checks import require_positive
+from ...core.compat import visible
 from ...core.errors import InputError
 from ...core.structure import describe
 from .concept_vectors import require_examples
-from .directions import visible
 
 POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda x: x.mean(-1),

@@ -9,10 +9,10 @@ from tensordict import tensorclass
 from torch import Tensor
 
 from ...core.checks import require_positive
+from ...core.compat import visible
 from ...core.errors import InputError
 from ...core.structure import describe
 from . import student_t
-from .directions import visible
 
 
 @tensorclass

@@ -11,13 +11,14 @@ from tensordict import tensorclass
 from torch import Tensor
 
 from ...core.checks import require_gradients, require_positive, warn_if_stochastic
+from ...core.compat import visible
 from ...core.errors import InputError
 from ...core.explained import explained_sites, target_gradients
 from ...core.functional import FunctionalModel
 from ...core.sites import Site
 from ...core.structure import describe
 from ...core.targets import Targets, check
-from .directions import as_directions, checked_axis, rows_of, visible
+from .directions import as_directions, checked_axis, rows_of
 
 
 @tensorclass

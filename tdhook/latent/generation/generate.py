@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ...core import structure
 from ...core.checks import require_positive, warn_if_stochastic
+from ...core.compat import visible
 from ...core.errors import InputError
 from ...core.functional import FunctionalModel
 from ...core.progress import Progress
 from ...core.structure import describe
-from ..concepts.directions import visible
 from ..steering.positions import Where
 from ..steering.prompts import accepted
 from .placing import place

@@ -10,10 +10,10 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from ...core.compat import visible
 from ...core.errors import InputError
 from ...core.functional import FunctionalModel
 from ...core.structure import describe
-from ..concepts.directions import visible
 from ..steering.prompts import accepted, positions_of
 
 LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_seq_length")

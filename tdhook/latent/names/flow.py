@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.compat import storage_key
 from ...core.functional import Execution, FunctionalModel
 from ...core.scope import Observer
 from ...core.sites import Site
@@ -91,7 +92,7 @@ class Flow(Observer):
         value = self.now[id(tensor)] = len(self.tensors)
         self.tensors.append(tensor)
         self.maker.append(new)
-        sharing = self.by_storage.setdefault(tensor.untyped_storage()._cdata, [])
+        sharing = self.by_storage.setdefault(storage_key(tensor), [])
         if new is None and sharing:
             # A view whose making no mode sees, such as `x.T`.
             origin = self.now[id(sharing[0])]
@@ -103,7 +104,7 @@ class Flow(Observer):
     def _overwritten(self, tensor: Tensor, by: Op) -> None:
         """Gives new values to all views of what an operation has written into."""
         sources = [value for _, value in by.inputs + by.outputs]
-        for view in self.by_storage[tensor.untyped_storage()._cdata]:
+        for view in self.by_storage[storage_key(tensor)]:
             if view is tensor and by.outputs:
                 continue
             reads: list[tuple[tuple, int]] = [((i,), value) for i, value in enumerate([self.now[id(view)], *sources])]

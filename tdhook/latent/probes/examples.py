@@ -10,15 +10,10 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from ...core.checks import require_positive
-from ...core.compat import is_compiling, is_wrapped
+from ...core.compat import visible
 from ...core.errors import InputError
 from ...core.structure import describe
 from .probe import sites_of
-
-
-def known(*values: Tensor) -> bool:
-    """Whether the values can be looked at: not under vmap or compilation."""
-    return not is_compiling() and not any(is_wrapped(value) for value in values)
 
 
 def examples_of(x: Any) -> list[Tensor]:
@@ -62,7 +57,7 @@ def weights_of(sites: Sequence[Tensor], sample_weight: Tensor | None) -> Tensor:
     if not isinstance(sample_weight, Tensor) or sample_weight.shape != first.shape[:1] or sample_weight.is_complex():
         raise InputError(f"sample_weight has to be a real tensor [{first.shape[0]}], got {describe(sample_weight)}.")
     weights = sample_weight.detach().to(first.device, dtype)
-    if known(weights):
+    if visible(weights):
         if not torch.isfinite(weights).all() or (weights < 0).any():
             raise InputError("sample_weight holds negative, infinite or NaN values; weights are at least 0.")
         if not (weights > 0).any():

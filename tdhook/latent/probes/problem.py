@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ...core.batching import chunks
 from ...core.checks import require_positive
+from ...core.compat import visible
 from ...core.errors import InputError
 from ...core.structure import describe
 from .examples import (
     examples_of,
     found_classes,
     given_classes,
-    known,
     require_classes,
     require_finite,
     require_labels,
@@ -120,7 +120,7 @@ class Problem:
             return weights * per_class.gather(1, self.y)
         if not isinstance(class_weight, Tensor) or class_weight.shape != (count,):
             raise InputError(f"class_weight has to be None, 'balanced' or a tensor [{count}], got {describe(class_weight)}.")
-        if known(class_weight) and not (torch.isfinite(class_weight) & (class_weight > 0)).all():
+        if visible(class_weight) and not (torch.isfinite(class_weight) & (class_weight > 0)).all():
             raise InputError(f"class_weight has to be positive and finite, got {class_weight.tolist()}.")
         return weights * class_weight.detach().to(weights)[self.y]
 
@@ -148,7 +148,7 @@ def classification(
     require_labels(y, sites[0])
     labels = y.detach().reshape(-1, y.shape[-1])
     labels = labels.to(torch.int64)
-    readable = known(y, weights, *sites)
+    readable = visible(y, weights, *sites)
     if readable:
         require_finite(x, sites, weights)
     given = given_classes(classes, y)
@@ -176,7 +176,7 @@ def regression(x: Any, y: Any, sample_weight: Tensor | None = None, least: int =
     if not values.is_floating_point():
         values = values.to(weights.dtype)
     present = weights > 0
-    if known(y, weights, *sites):
+    if visible(y, weights, *sites):
         require_finite(x, sites, weights)
         if not torch.isfinite(values[:, present]).all():
             raise InputError("y holds NaN or infinite values; give their examples a sample_weight of 0, or leave them out.")

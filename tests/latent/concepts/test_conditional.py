@@ -273,9 +273,9 @@ def run(g):
 @pytest.mark.parametrize(
     ("units", "axis", "message"),
     [
-        (5, None, r"units has 5, out of range for 5 units at '1'"),
-        ([0, -6], None, r"units has \[0, -6\], out of range"),
-        (torch.ones(4) > 0, None, "units is a mask of 4 for 5 units at '1'"),
+        (5, None, r"the units \[5\] are out of range for 5 units at '1'"),
+        ([0, -6], None, r"the units \[0, -6\] are out of range"),
+        (torch.ones(4) > 0, None, r"the units at '1' are a mask of shape \[4\]"),
         (1.5, None, r"units is 1.5.*; give an index"),
         ([], None, r"units is .*; give an index"),
         (True, None, r"units is True.*; give an index"),
