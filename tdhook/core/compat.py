@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 _functorch = torch._C._functorch
+_lazy_clone = getattr(torch, "_lazy_clone", torch.clone)
 
 
 def _never() -> bool:
@@ -29,6 +30,26 @@ def visible(*tensors: Tensor) -> bool:
 def storage_key(tensor: Tensor) -> int:
     """Equal for tensors that share memory, as long as both are kept."""
     return tensor.untyped_storage()._cdata
+
+
+def snapshot(tensor: Tensor) -> Tensor:
+    """A copy; its memory is copied at the first write into either of the two where torch can do that, elsewhere at once."""
+    lazy = (
+        not is_compiling()
+        and _functorch.peek_interpreter_stack() is None
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.layout == torch.strided
+        # of a part of a larger memory a lazy copy would keep the whole alive
+        and tensor.is_contiguous()
+        and tensor.untyped_storage().nbytes() == tensor.nbytes
+    )
+    if not lazy:
+        return tensor.clone()
+    try:
+        return _lazy_clone(tensor)
+    except RuntimeError:  # memory that is not torch's own: of numpy, of a file, shared between processes
+        return tensor.clone()
 
 
 def is_batched(tensor: Tensor) -> bool:

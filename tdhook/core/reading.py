@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from tensordict import TensorDict
 from torch import Tensor
 
-from .compat import current_level, is_compiling, level_of
+from .compat import current_level, is_compiling, level_of, snapshot
 from .errors import SiteError
 from .functional import Execution, FunctionalModel
 from .scope import Handler, Stop
@@ -22,7 +22,7 @@ class Reader(Handler):
     def __init__(self, wants: tuple[Want, ...]):
         super().__init__(wants)
         self.level = 0 if is_compiling() else current_level()
-        self.values: dict[tuple[Want, Site], Tensor] = {}
+        self.values: list[tuple[Want, Site, Tensor]] = []  # a dict of sites would hash each several times
 
     def visit(self, want: Want, site: Site, value: Tensor) -> Tensor:
         if not is_compiling() and level_of(value) > self.level:
@@ -30,19 +30,20 @@ class Reader(Handler):
                 f"site {str(site)!r} lies inside a vmap or grad of the model's own, where its value cannot be read; "
                 "read what the model returns from there, or write there."
             )
-        self.values[want, site] = value.clone()
+        self.values.append((want, site, snapshot(value)))
         return value
 
     def result(self) -> dict[str, Tensor]:
         """The values in the order of the request, under canonical names."""
-        found: dict[Want, list[tuple[Site, Tensor]]] = {want: [] for want in self.wants}
-        for (want, site), value in self.values.items():
-            found[want].append((site, value))
+        found: dict[int, list[tuple[Site, Tensor]]] = {id(want): [] for want in self.wants}
+        for want, site, value in self.values:
+            found[id(want)].append((site, value))
         named = {}
-        for want, values in found.items():
-            for site, value in values:
-                once = not want.exact and self.calls(site) == 1 and want.site.call is None
-                named[str(replace(site, call=None) if once else site)] = value
+        for want in self.wants:
+            for site, value in found[id(want)]:
+                if not want.exact and want.site.call is None and self.calls(site) == 1:
+                    site = Site(site.path, site.op, None, site.port, site.keys)
+                named[str(site)] = value
         return named
 
 
@@ -69,7 +70,8 @@ def capture(f: FunctionalModel, sites: Sites) -> FunctionalModel:
         SiteError: a site is unknown (at once), or it is not reached, not a tensor, or called more often than the address says
             (in the call).
 
-    Cost: the forward pass and a copy of each value.
+    Cost: the forward pass; a value in memory of its own is copied only if somebody writes into it later (on a CPU, outside of
+    `torch.func` transforms), any other one at once.
 
     Examples:
         >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()))

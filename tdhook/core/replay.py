@@ -1,5 +1,5 @@
 """Running a model again from the middle: a `Tape` keeps what the modules returned in one run, and `resume` runs the model with
-writes, taking from the tape every call that had finished before the first of them.
+writes, taking from the tape every call that had finished before the first of them; `resume_until` stops where all is known.
 
 Unlike `start_from`, nothing is analysed: what finished before a site cannot depend on it, so replaying it is exact, also for
 sites that a residual stream passes by.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .compat import is_batched, is_compiling
 from .functional import Execution, FunctionalModel
-from .reading import Reader
+from .reading import Reader, StopAt
 from .scope import Observer
 from .sites import Site, Want
 from .structure import tensors
@@ -80,7 +80,7 @@ class Tape:
 
     Attributes:
         output: what `f(params, inputs)` returned.
-        values: the tensor at each of the sites.
+        values: the tensor at each of the sites, in the order in which the run reached them.
     """
 
     def __init__(self, f: FunctionalModel, params: Any, inputs: Any, wants: tuple[Want, ...]):
@@ -91,18 +91,42 @@ class Tape:
         with _counting_writes():
             self.output = f._run(params, inputs, (), Execution((reader,), observer))
         reader.finish()
-        self.values = {want: value for (want, _), value in reader.values.items()}
+        self.values = {want: value for want, _, value in reader.values}
         self._times = reader.times
         # A batched tensor does not count its writes, so under vmap nothing is known to be still what it was.
         known = not any(is_batched(t) for _, _, output, _ in recorder.finished for _, t in tensors(output))
         self._finished = [entry[:3] for entry in recorder.finished if known and not _changed(entry[3])]
 
+    def time_of(self, want: Want) -> int:
+        """When the run was at a site of the tape, in module calls begun and ended; equal where none lies between two sites.
+
+        A value cannot change by a write that comes later. Compiled, all times are 0: nothing is known of them.
+        """
+        return self._times[want]
+
     def resume(self, writes: Mapping[Want, Write]) -> Any:
         """The output of `f` with values written at sites of the tape. Cost: the part of the forward after the first site."""
-        start = min(self._times[want] for want in writes)
-        substitutes = {call: output for time, call, output in self._finished if time <= start}
         writer = Writer(tuple(writes), writes)
-        with _counting_writes():
-            output = self.f._run(self.params, self.inputs, (), Execution((writer,), substitutes=substitutes))
+        output = self._resumed(self.f, writer)
         writer.finish()
         return output
+
+    def resume_until(self, writes: Mapping[Want, Write], wants: tuple[Want, ...]) -> dict[Want, Tensor]:
+        """The values with which a run with writes arrives at sites of the tape, before what is written there itself.
+
+        Cost: the part of the forward between the first write and the last of `wants`.
+        """
+        start = min(map(self.time_of, writes))
+        values = {want: self.values[want] for want in wants}
+        later = tuple(want for want in values if self.time_of(want) >= start)
+        if later:
+            # The reader is closer to the model than the writer. It may stop before some writes, so these are not asked for.
+            found = self._resumed(StopAt(self.f, later, False), Writer(tuple(writes), writes))
+            values.update((want, found[str(want.site)]) for want in later)
+        return values
+
+    def _resumed(self, f: FunctionalModel, writer: Writer) -> Any:
+        start = min(map(self.time_of, writer.wants))
+        substitutes = {call: output for time, call, output in self._finished if time <= start}
+        with _counting_writes():
+            return f._run(self.params, self.inputs, (), Execution((writer,), substitutes=substitutes))

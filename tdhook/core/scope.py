@@ -6,14 +6,16 @@ reports to. A value passes the innermost handler first and the outermost last.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from . import structure
+from .compat import is_compiling
 from .errors import SiteError
-from .sites import Site, Want
+from .sites import Site, Want, join_path
 
 
 class Stop(BaseException):
@@ -234,7 +236,10 @@ def noted(value: Tensor) -> Any:
 
 def module_path(site: Site) -> str:
     """The path part of a resolved site, as the twin knows it."""
-    return str(Site(site.path)) if site.path else ""
+    return join_path(site.path) if is_compiling() else _joined(site.path)  # Dynamo warns of a cache
+
+
+_joined = functools.lru_cache(maxsize=2**16)(join_path)
 
 
 def _asks_for(want: Want, call: int) -> bool:

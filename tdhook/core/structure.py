@@ -90,6 +90,7 @@ def tensors(value: Any, keys: tuple = ()) -> Iterator[tuple[tuple, Tensor]]:
     """Every tensor inside `value` with the keys that lead to it."""
     if isinstance(value, Tensor):
         yield keys, value
+        return
     for key, element in entries(value):
         yield from tensors(element, (*keys, key))
 

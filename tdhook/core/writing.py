@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from .compat import snapshot
 from .errors import InputError, SiteError
 from .functional import FunctionalModel
 from .scope import Handler
@@ -30,7 +31,7 @@ class Writer(Handler):
         if not want.exact and site.keys and not want.site.keys:
             raise SiteError(f"site {want.request!r} matches a structured value at {str(site)!r}; address the element to write.")
         # A function gets a copy, so that one that writes into what it is given changes this site and nothing else.
-        return written_value(site, value, write(value.clone()) if callable(write) else write)
+        return written_value(site, value, write(snapshot(value)) if callable(write) else write)
 
 
 def written_value(site: Site | str, value: Tensor, new: Any) -> Tensor:

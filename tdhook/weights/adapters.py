@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..core.compat import snapshot
 from ..core.errors import InputError, SiteError
 from ..core.functional import FunctionalModel
 from ..core.scope import Handler
@@ -50,12 +51,12 @@ class _Adapting(Handler):
                 source = self.sources[want]
                 if source not in self.read:
                     raise SiteError(f"the adapter at {str(site)!r} reads {str(source.site)!r}, which has not run before it.")
-                new = adapter.function(given, self.read[source].clone(), value.clone())
+                new = adapter.function(given, snapshot(self.read[source]), snapshot(value))
             else:
-                new = adapter(given, value.clone())
+                new = adapter(given, snapshot(value))
             value = written_value(site, value, new)
         if want in self.sources.values():
-            self.read[want] = value.clone()
+            self.read[want] = snapshot(value)
         return value
 
 

@@ -1,4 +1,4 @@
-"""Batch normalisation in eval mode: the same numbers under every transform, and no axis of vmap in the channels."""
+"""Layers with forwards of our own: the same numbers under every transform, and nothing copied or read that need not be."""
 
 from __future__ import annotations
 
@@ -137,3 +137,33 @@ def test_forward_mode_of_attention():
     run, _, x = attending()
     tangent = jvp(run, (x[0],), (x[1],))[1]
     close(tangent, torch.einsum("...bld,bld->...", jacrev(run)(x[0]), x[1]))
+
+
+def unembedding(bias=True):
+    torch.manual_seed(0)
+    linear = nn.Linear(6, 7, bias=bias).double()
+    f, params = functionalize(linear)
+    return (lambda hidden: f(params, hidden[:, -1:])), linear, torch.randn(4, 1, 5, 6).double()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_last_rows_under_vmap_read_the_weight_once(bias):
+    run, linear, hidden = unembedding(bias)
+    with Copies() as seen, torch.no_grad():
+        result = vmap(run)(hidden)
+    assert not any("bmm" in name for name in seen.names)
+    close(result, linear(hidden[:, :, -1:]).detach())
+
+
+def test_gradients_of_the_last_rows_under_vmap():
+    run, linear, hidden = unembedding()
+    whole = torch.func.grad(lambda h: vmap(run)(h).square().sum())(hidden)
+    close(whole, torch.func.grad(lambda h: linear(h[:, :, -1:]).square().sum())(hidden))
+
+
+def test_a_vmapped_weight_takes_the_layer_of_torch():
+    f, params = functionalize(nn.Linear(6, 7).double())
+    several = torch.stack([params, params.apply(lambda p: 2 * p)])
+    hidden = torch.randn(2, 3, 5, 6).double()
+    result = vmap(lambda p, h: f(p, h[:, -1:]))(several, hidden)
+    close(result, torch.stack([f(several[i], hidden[i][:, -1:]) for i in range(2)]))
