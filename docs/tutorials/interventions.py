@@ -40,6 +40,8 @@ from tdhook.latent import (
 )
 from tdhook.plotting import curves, matrix_map, site_position_map
 
+HEADS = 9  # of each layer of SmolLM2; head h of layer l has the number HEADS * l + h
+
 
 @cache
 def language() -> tuple[Any, Any, Names]:
@@ -135,24 +137,24 @@ def induction(out: Path, short: bool) -> list[bool]:
         intact = losses(f(params, ids), ids, period)
 
         def without(heads: Tensor) -> tuple[float, float]:
-            """The losses with some heads silent, given as numbers layer * H + head."""
+            """The losses with some heads silent, given by their numbers."""
             chosen: dict[Any, list[int]] = {}
             for head in heads.tolist():
-                chosen.setdefault(found.head_output[head // 9], []).append(head % 9)
+                chosen.setdefault(found.head_output[head // HEADS], []).append(head % HEADS)
             return losses(ablate(f, params, ids, sites=chosen, axis=-2), ids, period)
 
         best = scores.flatten().topk(count)
         ablated = without(best.indices)
         # The control: as many other heads of the same layers, so that depth makes no difference.
-        layers = sorted(set((best.indices // 9).tolist()))
-        rest = torch.tensor([9 * layer + head for layer in layers for head in range(9)])
+        layers = sorted(set((best.indices // HEADS).tolist()))
+        rest = torch.tensor([HEADS * layer + head for layer in layers for head in range(HEADS)])
         rest = rest[~torch.isin(rest, best.indices)]
         control = [without(rest[torch.randperm(len(rest), generator=random)[:count]]) for _ in range(draws)]
 
     figure = matrix_map(
         scores,
         range(found.layers),
-        range(9),
+        range(HEADS),
         title="SmolLM2: induction heads",
         label="induction score",
         row_label="layer",
@@ -170,7 +172,7 @@ def induction(out: Path, short: bool) -> list[bool]:
     )
 
     # The score by hand, for the best head.
-    layer, head = divmod(int(best.indices[0]), 9)
+    layer, head = divmod(int(best.indices[0]), HEADS)
     pattern = patterns[layer, :, head]
     by_hand = torch.stack([pattern[:, q, q - period + 1] for q in range(period, 2 * period)]).mean()
     rise = ablated[1] - intact[1]
@@ -191,7 +193,7 @@ def losses(output: Any, ids: Tensor, period: int) -> tuple[float, float]:
 
 def heads_text(heads: Tensor, values: Tensor) -> str:
     """Heads with a value each."""
-    return ", ".join(f"{int(h) // 9}.{int(h) % 9} ({values.flatten()[h]:.2f})" for h in heads)
+    return ", ".join(f"{int(h) // HEADS}.{int(h) % HEADS} ({values.flatten()[h]:.2f})" for h in heads)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,7 +243,7 @@ def circuit(out: Path, short: bool) -> list[bool]:
     figure = matrix_map(
         exact,
         range(start, found.layers),
-        range(9),
+        range(HEADS),
         title="SmolLM2: which heads restore the name",
         label="restored (1: as clean)",
         row_label="layer",
@@ -258,7 +260,7 @@ def circuit(out: Path, short: bool) -> list[bool]:
     print(f"difference of logits: clean {measured.clean:+.2f}, corrupted {measured.corrupted:+.2f}")
     print(f"  {'head':<6}{'measured':>10}{'linear':>10}{'averaged':>10}")
     for head in best.tolist():
-        layer, number = start + head // 9, head % 9
+        layer, number = start + head // HEADS, head % HEADS
         row = "".join(f"{values.flatten()[head]:>+10.2f}" for values in (exact, linear, averaged))
         print(f"  {layer}.{number:<4}{row}")
     show([(f"Pearson, {name}", f"{value:.3f} over {exact.numel()} heads") for name, value in agreement.items()])
@@ -362,15 +364,10 @@ def steer(out: Path, short: bool) -> list[bool]:
     model, tokenizer, found = language()
     f, params = tdhook.functionalize(model)
 
-    def without_first(value: Tensor, mask: Tensor | None) -> Tensor:
-        """The mean over tokens but the first, whose activations are so huge that lengths of sentences would be all one sees."""
-        assert mask is not None
-        kept = mask & (mask.long().cumsum(1) > 1)
-        return (value * kept[..., None]).sum(1) / kept.sum(1, keepdim=True)
-
     sea, land = (padded([tokenizer.encode(t) for t in texts]) for texts in (SEA, LAND))
     sites = list(found.residual_post)
-    vectors = steering.steering_vectors(f, params, sea, land, sites=sites, pool=without_first)
+    # The first token is left out: its activations are so huge that lengths of sentences would be all one sees.
+    vectors = steering.steering_vectors(f, params, sea, land, sites=sites, pool="mean", skip=1)
     prompts = padded([tokenizer.encode(text) for text in PROMPTS[: 4 if short else 6]])
     start, new = prompts["input_ids"].shape[1], 10 if short else 20
 

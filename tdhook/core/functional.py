@@ -273,6 +273,7 @@ def _stochastic(module: nn.Module) -> Sequence[str]:
         if m.training
         and (
             (isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0)
+            or any("dropout" in name and isinstance(value, float) and value > 0 for name, value in vars(m).items())
             or (isinstance(m, nn.modules.batchnorm._NormBase) and not isinstance(m, nn.modules.instancenorm._InstanceNorm))
         )
     ]

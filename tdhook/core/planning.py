@@ -74,7 +74,7 @@ def _trace(
             output = f._run(params, inputs, extra, Execution((*handlers, planner)))
             return planner.plan(output)
 
-    return run_abstract_or_real(run, *pytree.tree_map_only(Tensor, _below_derivatives, (params, inputs, extra)))
+    return run_abstract_or_real(f, run, *pytree.tree_map_only(Tensor, _below_derivatives, (params, inputs, extra)))
 
 
 def _below_derivatives(tensor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ class Reader(Handler):
     def __init__(self, wants: tuple[Want, ...]):
         super().__init__(wants)
         self.level = 0 if is_compiling() else current_level()
-        self.values: list[tuple[Want, Site, Tensor]] = []  # a dict of sites would hash each several times
+        self.values: dict[Want, list[tuple[Site, Tensor]]] = {want: [] for want in wants}
 
     def visit(self, want: Want, site: Site, value: Tensor) -> Tensor:
         if not is_compiling() and level_of(value) > self.level:
@@ -30,17 +30,14 @@ class Reader(Handler):
                 f"site {str(site)!r} lies inside a vmap or grad of the model's own, where its value cannot be read; "
                 "read what the model returns from there, or write there."
             )
-        self.values.append((want, site, snapshot(value)))
+        self.values[want].append((site, snapshot(value)))
         return value
 
     def result(self) -> dict[str, Tensor]:
         """The values in the order of the request, under canonical names."""
-        found: dict[int, list[tuple[Site, Tensor]]] = {id(want): [] for want in self.wants}
-        for want, site, value in self.values:
-            found[id(want)].append((site, value))
         named = {}
-        for want in self.wants:
-            for site, value in found[id(want)]:
+        for want, found in self.values.items():
+            for site, value in found:
                 if not want.exact and want.site.call is None and self.calls(site) == 1:
                     site = Site(site.path, site.op, None, site.port, site.keys)
                 named[str(site)] = value

@@ -7,9 +7,10 @@ sites that a residual stream passes by.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,24 +25,55 @@ from .tail import Effects, inner_wants, surrounds
 from .writing import Write, Writer
 
 
+class _Finished(NamedTuple):
+    """A module call that need not run again; `inside` says which of the calls that were entered ran inside it."""
+
+    time: int
+    call: tuple[str, int]
+    output: Any
+    versions: list[tuple[Tensor, int]]
+    inside: slice
+
+
 class _Recorder(Observer):
     def __init__(self, f: FunctionalModel) -> None:
         self.f = f
         self.kept = inner_wants(f)
         self.time = 0
-        self.open: list[tuple[Effects, list[tuple[Tensor, int]]]] = []
-        self.finished: list[tuple[int, tuple[str, int], Any, list[tuple[Tensor, int]]]] = []
+        self.entered: list[str] = []
+        self.own: list[tuple[Tensor, int]] = []
+        self.open: list[tuple[Effects, list[tuple[Tensor, int]], int]] = []
+        self.finished: list[_Finished] = []
+
+    def start(self, own: list[Tensor]) -> None:
+        self.own = _versions(own)
 
     def enter(self, path: str, call: int, args: tuple, kwargs: dict) -> None:
         self.time += 1
-        self.open.append((Effects(self.f, (args, kwargs)), _versions((args, kwargs))))
+        self.entered.append(path)
+        self.open.append((Effects(self.f, (args, kwargs)), _versions((args, kwargs)), len(self.entered)))
 
     def leave(self, path: str, call: int, args: tuple, kwargs: dict, output: Any) -> None:
         self.time += 1
-        effects, before = self.open.pop()
+        effects, before, start = self.open.pop()
         # A call that wrote into its arguments, or may have told others something, has to run again.
         if effects.none(output) and not _changed(before) and not surrounds(path, self.kept):
-            self.finished.append((self.time, (path, call), output, _versions(output)))
+            inside = slice(start, len(self.entered))
+            self.finished.append(_Finished(self.time, (path, call), output, _versions(output), inside))
+
+    def replayable(self) -> Iterator[_Finished]:
+        """What is still as it was returned.
+
+        A call around one of several calls of a module has to run, or the later ones would be counted wrongly: a module shared
+        by blocks, a layer that is used again and again. What it calls can be replayed.
+        """
+        if _changed(self.own):
+            return  # in a call, which one is not known: left out, the buffer would not be what later ones read
+        total = Counter(self.entered)
+        for entry in self.finished:
+            inside = Counter(self.entered[entry.inside])
+            if not _changed(entry.versions) and all(total[path] == count for path, count in inside.items()):
+                yield entry
 
 
 def _versions(value: Any) -> list[tuple[Tensor, int]]:
@@ -91,11 +123,12 @@ class Tape:
         with _counting_writes():
             self.output = f._run(params, inputs, (), Execution((reader,), observer))
         reader.finish()
-        self.values = {want: value for want, _, value in reader.values}
-        self._times = reader.times
+        self._times = reader.times  # in the order of the run
+        self.values = {want: reader.values[want][-1][1] for want in reader.times}
         # A batched tensor does not count its writes, so under vmap nothing is known to be still what it was.
-        known = not any(is_batched(t) for _, _, output, _ in recorder.finished for _, t in tensors(output))
-        self._finished = [entry[:3] for entry in recorder.finished if known and not _changed(entry[3])]
+        known = not any(is_batched(t) for entry in recorder.finished for _, t in tensors(entry.output))
+        latest = max(self._times.values())
+        self._finished = [e[:3] for e in recorder.replayable() if e.time <= latest] if known else []
 
     def time_of(self, want: Want) -> int:
         """When the run was at a site of the tape, in module calls begun and ended; equal where none lies between two sites.
@@ -127,6 +160,9 @@ class Tape:
 
     def _resumed(self, f: FunctionalModel, writer: Writer) -> Any:
         start = min(map(self.time_of, writer.wants))
-        substitutes = {call: output for time, call, output in self._finished if time <= start}
+        # The operations of a call that is replayed are not counted: where some are written or read, all calls of a module run.
+        around = (*writer.wants, *inner_wants(f))
+        finished = [entry for entry in self._finished if entry[0] <= start and not surrounds(entry[1][0], around)]
+        substitutes = {call: output for _, call, output in finished}
         with _counting_writes():
             return f._run(self.params, self.inputs, (), Execution((writer,), substitutes=substitutes))

@@ -87,6 +87,9 @@ class Observer:
 
     operations = False
 
+    def start(self, own: list[Tensor]) -> None:
+        """Before the run; `own`: copies of the model's buffers and tensor attributes for this run, which it may write into."""
+
     def enter(self, path: str, call: int, args: tuple, kwargs: dict) -> None:
         """Before a module runs."""
 
@@ -275,7 +278,7 @@ def _at(want: Want, keys: tuple, value: Any) -> Tensor | None:
 
 def _raise_not_a_tensor(want: Want, value: Any) -> None:
     keys = [k for k, _ in structure.entries(value)]
-    text = str(want.site) if want.site.port == "in" or want.site.keys else f"{want.site}:out"
+    text = str(want.site) if want.site.port == "in" or want.site.keys or not want.site.path else f"{want.site}:out"
     fix = f"; address an element, such as '{text}[{keys[0]}]'" if keys else ""
     raise SiteError(f"site {str(want.site)!r} holds {structure.describe(value)}, not a tensor{fix}.")
 

@@ -25,6 +25,8 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Union
 
+from torch import nn
+
 from .compat import is_compiling
 from .errors import SiteError, did_you_mean
 
@@ -101,7 +103,8 @@ class Site:
     def parse(text: str) -> Site:
         """Reads an address. Raises `SiteError` that names the place where it stops making sense."""
         if not isinstance(text, str):
-            raise SiteError(f"a site is a string such as 'h.3.mlp:in', got {text!r} of type {type(text).__name__}.")
+            fix = f"; take its site, {str(text.site)!r}" if isinstance(getattr(text, "site", None), (str, Site)) else ""
+            raise SiteError(f"a site is a string such as 'h.3.mlp:in', got {text!r} of type {type(text).__name__}{fix}.")
         if not text.strip():
             raise SiteError("the site is empty; the output of the model itself is ':out', its input ':in'.")
         text = text.strip()
@@ -241,7 +244,7 @@ class Tree:
 
     def resolve(self, sites: SiteLike | Sequence[SiteLike]) -> tuple[Want, ...]:
         """Every request as `Want`s with literal module paths, without duplicates. Raises `SiteError` for unknown ones."""
-        if isinstance(sites, str) or not isinstance(sites, Iterable):
+        if isinstance(sites, (str, nn.Module)) or not isinstance(sites, Iterable):
             sites = [sites]
         wants: dict[tuple[Site, bool], Want] = {}
         for request in sites:
@@ -252,6 +255,8 @@ class Tree:
         return tuple(wants.values())
 
     def _resolve_one(self, request: SiteLike) -> list[Want]:
+        if isinstance(request, nn.Module):
+            raise SiteError(f"a site is a string such as 'h.3.mlp:in', got the module {type(request).__name__}; give its path.")
         if isinstance(request, re.Pattern) or (callable(request) and not isinstance(request, Site)):
             match = request.fullmatch if isinstance(request, re.Pattern) else request
             shown = repr(request.pattern) if isinstance(request, re.Pattern) else repr(request)

@@ -113,6 +113,8 @@ def describe(value: Any) -> str:
     """What a value is, in a few words for an error message."""
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+    if isinstance(value, (tuple, list)) and len(value):
+        return f"a {type(value).__name__} of {len(value)}"
     found = [k for k, _ in entries(value)]
     if found:
         return f"a {type(value).__name__} with {', '.join(repr(k) for k in found[:8])}"

@@ -8,6 +8,7 @@ placeholders of NaN, which would show in the result if the analysis were wrong.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +52,7 @@ class Effects:
         return unchanged and is_plain(self.leaves) and is_plain(output)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Call:
     path: str
     call: int
@@ -160,22 +161,35 @@ def _superfluous(
             output = g.inner._run(params, inputs, extra, Execution((seen, writer), flow))
         return flow.live((output, seen.values))
 
-    flags, needed = run_abstract(recorded, params, inputs, extra, {names[want]: writes[want] for want in writes})
+    flags, needed = run_abstract(g, recorded, params, inputs, extra, {names[want]: writes[want] for want in writes})
     live_before = [0]
     for flag in flags:
         live_before.append(live_before[-1] + flag)
+    counted = _around_shared_modules(flow.calls)
     left_out = {}
     # A call ends after its children, so in reverse a parent comes first; the children of what is left out never start.
     for call in reversed(flow.calls):
         idle = live_before[call.end] == live_before[call.start] and not flow.storages(call.output) & needed
         call.left_out = (call.parent is not None and call.parent.left_out) or (
-            idle and call.pure and not surrounds(call.path, kept)
+            idle and call.pure and call not in counted and not surrounds(call.path, kept)
         )
         if call.left_out and not (call.parent is not None and call.parent.left_out):
             left_out[call.path, call.call] = pytree.tree_map_only(
                 Tensor, lambda t: _Placeholder(tuple(t.shape), tuple(t.stride()), t.dtype, t.device), call.output
             )
     return left_out
+
+
+def _around_shared_modules(calls: list[_Call]) -> set[_Call]:
+    """The calls around some, but not all calls of a module: without them the others would be counted wrongly."""
+    total = Counter(call.path for call in calls)
+    inside: dict[_Call, Counter] = {call: Counter() for call in calls}
+    for call in calls:
+        around = call.parent
+        while around is not None:
+            inside[around][call.path] += 1
+            around = around.parent
+    return {call for call, paths in inside.items() if any(total[path] != count for path, count in paths.items())}
 
 
 @dataclass(frozen=True, eq=False, repr=False)

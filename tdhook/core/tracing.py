@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -27,6 +29,7 @@ from .sites import Site, SiteLike, Tree
 from .structure import reachable_tensors, tensors
 from .transforms import require_sites
 
+_Remembering = type(functools.lru_cache(lambda: None))
 _VALUE_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 
 
@@ -164,7 +167,7 @@ def trace(f: FunctionalModel, params: Any, inputs: Any, *extra: Any, operations:
         f._run(params, inputs, extra, Execution(observer=tracer))
         return tracer
 
-    tracer, _ = run_abstract_or_real(run, params, inputs, extra)
+    tracer, _ = run_abstract_or_real(f, run, params, inputs, extra)
     kinds = f.base.blueprint.kinds
     calls: dict[tuple[str, str | None], int] = {}
     for (path, op, _), _, _ in tracer.found:
@@ -179,8 +182,8 @@ def trace(f: FunctionalModel, params: Any, inputs: Any, *extra: Any, operations:
     return Trace(tuple(rows))
 
 
-def run_abstract(run: Callable, *arguments: Any) -> Any:
-    """`run(*arguments)` on fake tensors of the same shapes, outside of any transform that surrounds the caller."""
+def run_abstract(f: FunctionalModel, run: Callable, *arguments: Any) -> Any:
+    """`run(*arguments)`, in which `f` runs, on fake tensors of the same shapes and outside of transforms around the caller."""
     leaves, spec = pytree.tree_flatten(arguments)
     described = [_Spec.of(leaf) for leaf in leaves]
 
@@ -188,16 +191,30 @@ def run_abstract(run: Callable, *arguments: Any) -> Any:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             return run(*pytree.tree_unflatten([d.make() for d in described], spec))
 
-    return _in_thread(abstract)
+    misses = {cache: cache.cache_info().misses for cache in _caches(f)}
+    try:
+        return _in_thread(abstract)
+    finally:
+        for cache, before in misses.items():
+            if cache.cache_info().misses > before:
+                cache.cache_clear()  # else the fake tensor that it now holds would come out in a real run
 
 
-def run_abstract_or_real(run: Callable, *arguments: Any) -> tuple[Any, bool]:
+def _caches(f: FunctionalModel) -> list[Any]:
+    """The functions with an `lru_cache` that the code of a model has at hand."""
+    classes = {cls for module in f.base.blueprint.template.root.modules() for cls in type(module).__mro__}
+    homes = [sys.modules[name] for name in {cls.__module__ for cls in classes} if name in sys.modules]
+    named = (value for place in (*classes, *homes) for value in list(vars(place).values()))
+    return [value for value in named if isinstance(value, _Remembering)]
+
+
+def run_abstract_or_real(f: FunctionalModel, run: Callable, *arguments: Any) -> tuple[Any, bool]:
     """`run_abstract`, or a real run for a model that asks for values or leaves torch (`.item()`, `.numpy()`); and which it was.
 
     Raises ModelError when that is impossible because the arguments are batched by a surrounding vmap.
     """
     try:
-        return run_abstract(run, *arguments), True
+        return run_abstract(f, run, *arguments), True
     except TdhookError:
         raise
     except Exception as error:

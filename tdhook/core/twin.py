@@ -23,7 +23,7 @@ from .layers import FORWARDS
 from .operations import OperationMode
 from .scope import Frame
 from .sites import join_path
-from .structure import describe
+from .structure import describe, reachable_tensors
 
 
 class _Absent:
@@ -87,6 +87,10 @@ def _before(module: nn.Module, name: str) -> tuple[nn.Module | dict, str, Any]:
         if name in table:
             return table, name, table[name]
     return module, name, module.__dict__.get(name, _Absent)
+
+
+def _now(place: nn.Module | dict, name: str) -> Any:
+    return place[name] if isinstance(place, dict) else place.__dict__[name]
 
 
 def _take_back(written: Undo) -> None:
@@ -209,16 +213,18 @@ class Twin:
         undo: Undo = []
         written: Undo = []
         try:
-            self._install(self.slots, params, (), undo)
+            own: list[Tensor] = []
+            self._install(self.slots, params, (), undo, own)
             cell.frame, cell.written = frame, written
             memo: dict[int, Any] = {}
             for place, name, value in self.attributes:
+                written.append((place, name, _now(place, name)))
                 if isinstance(place, dict):
-                    written.append((place, name, place[name]))
                     place[name] = self._renew(value, memo)
                 else:
-                    written.append((place, name, place.__dict__[name]))
                     object.__setattr__(place, name, self._renew(value, memo))
+            if frame is not None and frame.observer is not None:
+                frame.observer.start(own + [t for place, name, _ in written for t in reachable_tensors(_now(place, name))])
             if frame is not None and frame.wants_operations:
                 with OperationMode(frame):
                     return self.root(*args, **kwargs)
@@ -228,7 +234,7 @@ class Twin:
             _take_back(written)
             _take_back(undo)
 
-    def _install(self, slots: Slots, params: Any, path: tuple[str, ...], undo: list) -> None:
+    def _install(self, slots: Slots, params: Any, path: tuple[str, ...], undo: list, own: list[Tensor]) -> None:
         try:
             for name, places in slots.tensors.items():
                 value = params[name]
@@ -236,11 +242,12 @@ class Twin:
                     raise TypeError
                 if name in slots.copied:
                     value = value.clone()
+                    own.append(value)
                 for entries, attribute in places:
                     undo.append((entries, attribute, entries[attribute]))
                     entries[attribute] = value
             for name, child in slots.children.items():
-                self._install(child, params[name], (*path, name), undo)
+                self._install(child, params[name], (*path, name), undo, own)
         except (LookupError, TypeError):
             self._raise_misfit(slots, params, path)
         if len(params.keys()) != len(slots.tensors) + len(slots.children):

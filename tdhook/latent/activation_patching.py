@@ -40,6 +40,19 @@ class Patching:
         """
         return restored(self.patched, self.clean, self.corrupted)
 
+    @property
+    def ratio_of_means(self) -> Tensor:
+        """`normalized` of the means over the examples of a metric [B]: [S, P].
+
+            sum_b (patched_b - corrupted_b) / sum_b (clean_b - corrupted_b)
+
+        No example counts for more because its two runs are nearly alike, as it would in the mean of `normalized`. Raises
+        `InputError` where the means of the two runs are the same.
+        """
+        if self.clean.ndim == 0:
+            return self.normalized
+        return restored(self.patched.mean(-1), self.clean.mean(), self.corrupted.mean())
+
 
 def restored(patched: Tensor, clean: Tensor, corrupted: Tensor) -> Tensor:
     """`(patched - corrupted) / (clean - corrupted)`; raises `InputError` where that would divide by zero."""
@@ -93,7 +106,7 @@ def activation_patching(
         progress: called as `progress(done, total)` at the start and after every site; see `tdhook.tqdm_progress`.
 
     Returns:
-        `Patching` with `patched`, `clean`, `corrupted`, and `normalized`.
+        `Patching` with `patched`, `clean`, `corrupted`, `normalized` and `ratio_of_means`.
 
     Raises:
         InputError: inputs that do not align (token by token, padding too), an unknown direction, positions or axis out of
@@ -118,7 +131,7 @@ def activation_patching(
         True
     """
     seen, axes = views(f, sites), as_axes(axis)
-    check_runs("activation_patching", f, clean, corrupted, direction, chunk_size)
+    check_runs("activation_patching", f, clean, corrupted, metric, direction, chunk_size)
     runs = two_runs(f, params, clean, corrupted, metric, wants_of(seen), direction)
     grids = same_grids(seen, runs.base.values, axes, positions)
     sources = []

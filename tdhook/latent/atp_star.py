@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +12,6 @@ from torch import Tensor
 from ..core.batching import vmap_or_loop
 from ..core.errors import InputError
 from ..core.functional import FunctionalModel
-from ..core.reading import StopAt
 from ..core.replay import Tape
 from ..core.sites import Want
 from .attribution_patching import (
@@ -22,7 +20,7 @@ from .attribution_patching import (
     contracted,
     difference,
     measure_largest,
-    require_count,
+    require_scores,
     site_gradients,
 )
 from .names import Names
@@ -62,9 +60,10 @@ def atp_star(
         params: its parameters.
         clean: as for `attribution_patching`.
         corrupted: as for `attribution_patching`.
-        metric: as for `attribution_patching`.
+        metric: as for `attribution_patching`. The drop takes magnitudes of what it returns: give a metric [B] to have them
+            for each example, as in the paper, which averages after that.
         sites: as for `attribution_patching`; the fix is made at `names.query` and `names.key`, other sites go without.
-        names: standard names; None to find them.
+        names: standard names; None to find them, where a correction needs them.
         query_key_fix: whether to make the first correction.
         gradient_drop: whether to make the second.
         positions: as for `activation_patching`.
@@ -81,7 +80,8 @@ def atp_star(
         SiteError: no attention pattern, or no layers, could be found.
 
     Cost: two forward passes, and one forward and backward pass, or with the drop L of them, of what comes after the first site.
-    The fix runs the attention of its layer (not the rest) once for each place.
+    The fix runs the attention of its layer (not the rest) once for each place. It keeps a gradient at the pattern of each
+    layer that has a query or key, with the drop L of them.
 
     Source: Kramar et al., "AtP*: An efficient and scalable method for localizing LLM behaviour to components" (2024).
 
@@ -96,15 +96,18 @@ def atp_star(
         >>> atp_star(*run, sites=found.query, names=found).effects.shape  # layers, tokens, heads, examples
         torch.Size([2, 3, 2, 1])
     """
-    seen, axes = checked("atp_star", f, sites, clean, corrupted, axis, direction, chunk_size)
-    require_count(exact)
-    names = find_names(f, params, clean) if names is None else names
-    drops = _layers(f, names) if gradient_drop else [()]
-    patterns = _fixed(f, names, seen) if query_key_fix else {}
+    seen, axes = checked("atp_star", f, sites, clean, corrupted, metric, axis, direction, exact, chunk_size)
+    drops: list[tuple[Want, ...]] = [()]
+    patterns: dict[View, Want] = {}
+    if gradient_drop or query_key_fix:
+        names = find_names(f, params, clean) if names is None else names
+        drops = _layers(f, names) if gradient_drop else drops
+        patterns = _fixed(f, names, seen) if query_key_fix else patterns
 
     wants = tuple(dict.fromkeys((*wants_of(seen), *patterns.values(), *(want for drop in drops for want in drop))))
     runs = two_runs(f, params, clean, corrupted, metric, wants, direction)
     grids = same_grids(seen, runs.base.values, axes, positions)
+    require_scores(runs, seen, axes, exact)
     ndim = runs.base_metric.ndim
     plain = [view for view in seen if view not in patterns]
     at = tuple(dict.fromkeys((*wants_of(plain), *patterns.values())))
@@ -114,7 +117,7 @@ def atp_star(
         gradients = site_gradients(runs.base, metric, at, after=dict.fromkeys(drop, torch.detach))
         for view, lists in zip(seen, grids):
             if view not in patterns:
-                score = contracted(view, difference(runs, view) * view.of(gradients[view.want]), axes, lists, ndim)
+                score = contracted(difference(runs, view) * view.of(gradients[view.want]), axes, lists, ndim)
                 totals[view] = totals.get(view, 0) + (score.abs() if gradient_drop else score)
         for want, kept in slopes.items():
             kept.append(gradients[want])
@@ -165,11 +168,10 @@ def _through_pattern(
 ) -> Tensor:
     """What a patched query or key changes in the pattern, times each of G gradients there: [G, *P, *M]."""
     stacked = torch.stack(slopes)
-    attention = copy.copy(base)
-    attention.f = StopAt(base.f, (pattern,), True)  # what runs lies between the query and the pattern
 
     def score(mask: Callable[[Tensor], Tensor] | None) -> Tensor:
-        change = attention.resume(writes([(view, source, mask)])) - base.values[pattern]
+        patched = base.resume_until(writes([(view, source, mask)]), (pattern,))[pattern]
+        change = patched - base.values[pattern]
         return (stacked * change).flatten(1 + ndim).sum(-1)
 
     if not axes:

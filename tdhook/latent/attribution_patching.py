@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.func import grad
 
 from ..core.batching import chunks, vmap_or_loop
-from ..core.checks import require_gradients
+from ..core.checks import require_gradients, require_positive
+from ..core.compat import is_compiling, unwrapped
 from ..core.errors import InputError, SiteError
 from ..core.functional import FunctionalModel
 from ..core.quadrature import quadrature_rule
@@ -21,7 +22,7 @@ from ..core.sites import SiteLike, Want
 from ..core.structure import describe
 from ..core.transforms import exact_wants
 from .patches import Axis, Indices, Metric, View, Where, as_axes, at_each_place, same_grids, views, wants_of, writes
-from .runs import Runs, check_runs, two_runs
+from .runs import Runs, check_runs, two_runs, wide
 
 Edit = Callable[[Tensor], Tensor]
 Grids = Sequence[Sequence[Sequence[int]]]
@@ -83,7 +84,9 @@ def attribution_patching(
         `AttributionPatching`: `effects` have the sign of `patched - base`.
 
     Raises:
-        InputError: as `activation_patching`, and its other errors; an axis of examples with a metric [B].
+        InputError: as `activation_patching`, and its other errors; a site of integers; an axis of examples with a metric [B];
+            `exact` under vmap or compilation, which hide what is largest.
+        SiteError: with a metric [B], a value that has not one row for each example.
         GradientError: grad mode is off.
 
     Cost: three forward passes, of which the third begins at the first site, and one backward pass; and `exact` patches.
@@ -97,13 +100,13 @@ def attribution_patching(
         >>> torch.allclose(attribution_patching(*run, sites="0").effects[0], params["2", "weight"][0])
         True
     """
-    seen, axes = checked("attribution_patching", f, sites, clean, corrupted, axis, direction, chunk_size)
-    require_count(exact)
+    seen, axes = checked("attribution_patching", f, sites, clean, corrupted, metric, axis, direction, exact, chunk_size)
     runs = two_runs(f, params, clean, corrupted, metric, wants_of(seen), direction)
     grids = same_grids(seen, runs.base.values, axes, positions)
+    require_scores(runs, seen, axes, exact)
     gradients = site_gradients(runs.base, metric, wants_of(seen))
     rows = [
-        contracted(view, difference(runs, view) * view.of(gradients[view.want]), axes, lists, runs.base_metric.ndim)
+        contracted(difference(runs, view) * view.of(gradients[view.want]), axes, lists, runs.base_metric.ndim)
         for view, lists in zip(seen, grids)
     ]
     return measure_largest(runs, metric, seen, torch.stack(rows), axes, grids, exact, chunk_size)
@@ -141,12 +144,14 @@ def integrated_gradient_patching(
         corrupted: as for `attribution_patching`.
         metric: as for `attribution_patching`.
         sites: as for `attribution_patching`.
-        along: None for a line at each site by itself; or one site before all others, whose values move.
+        along: None for a line at each site by itself; or one site that the run reaches before all others, whose values move.
         positions: as for `activation_patching`.
         axis: as for `activation_patching`.
         direction: as for `attribution_patching`; t runs from the run that is patched to the other one.
         steps: nodes of the quadrature, m.
-        quadrature: see `tdhook.core.quadrature`. EAP-IG takes `"riemann_left"` or `"riemann_right"`, depending on the variant.
+        quadrature: see `tdhook.core.quadrature`. With `direction="noise"` and `along` the embedding, EAP-IG takes
+            `"riemann_left"` for nodes (the clean end, not the corrupted one) and `"riemann_right"` for edges; with
+            `along=None` sparse feature circuits take `"riemann_left"`.
         exact: as for `attribution_patching`.
         chunk_size: how many nodes, and how many exact patches of one site, run at once; None for all.
 
@@ -155,6 +160,7 @@ def integrated_gradient_patching(
 
     Raises:
         InputError: as `attribution_patching`, and its other errors; an unknown quadrature.
+        SiteError: as there; `along` that is not one site before all others.
 
     Cost: two forward passes, and for each site `steps` forward and backward passes of what comes after it; with `along`
     `steps` forward and backward passes in all.
@@ -167,27 +173,31 @@ def integrated_gradient_patching(
         >>> integrated_gradient_patching(*run, sites="0", steps=40, quadrature="midpoint").effects
         tensor([[3.]])
     """
-    seen, axes = checked("integrated_gradient_patching", f, sites, clean, corrupted, axis, direction, chunk_size)
-    require_count(exact)
+    seen, axes = checked("integrated_gradient_patching", f, sites, clean, corrupted, metric, axis, direction, exact, chunk_size)
     nodes, weights = quadrature_rule(quadrature, steps)
-    lane = None if along is None else exact_wants(f, along, "along")[0]
+    lane = None if along is None else _lane(f, along)
     wants = wants_of(seen) if lane is None else tuple(dict.fromkeys((lane, *wants_of(seen))))
     runs = two_runs(f, params, clean, corrupted, metric, wants, direction)
     grids = same_grids(seen, runs.base.values, axes, positions)
+    require_scores(runs, seen, axes, exact)
+    if lane is not None:
+        _require_first(runs.base, lane)
 
     def mean_gradients(moved: Want, shift: Tensor, at: tuple[Want, ...]) -> dict[Want, Tensor]:
         """The gradients at sites, averaged while the value at one site goes from the base by `shift`."""
 
         def gradients(node: Tensor) -> list[Tensor]:
-            found = site_gradients(runs.base, metric, at, {moved: lambda value: runs.base.values[moved] + node * shift})
+            there = runs.base.values[moved] + (node * shift).to(shift.dtype)
+            found = site_gradients(runs.base, metric, at, {moved: lambda value: there})
             return [found[want] for want in at]
 
-        sums = [torch.zeros_like(runs.base.values[want]) for want in at]
-        points, scale = (torch.tensor(each, dtype=shift.dtype, device=shift.device) for each in (nodes, weights))
+        # In half precision a sum of many stops growing.
+        sums = [torch.zeros_like(wide(runs.base.values[want])) for want in at]
+        points, scale = (torch.tensor(each, dtype=wide(shift).dtype, device=shift.device) for each in (nodes, weights))
         for part in chunks(steps, chunk_size):
             several = vmap_or_loop(gradients, points[part])
-            sums = [total + torch.tensordot(scale[part], each, 1) for total, each in zip(sums, several)]
-        return dict(zip(at, sums))
+            sums = [total + torch.tensordot(scale[part].to(total), wide(each), 1) for total, each in zip(sums, several)]
+        return {want: total.to(runs.base.values[want].dtype) for want, total in zip(at, sums)}
 
     rows = []
     joint = {} if lane is None else mean_gradients(lane, runs.source[lane] - runs.base.values[lane], wants_of(seen))
@@ -198,22 +208,55 @@ def integrated_gradient_patching(
             gradient = mean_gradients(view.want, shift, (view.want,))[view.want]
         else:
             gradient = joint[view.want]
-        rows.append(contracted(view, difference(runs, view) * view.of(gradient), axes, lists, runs.base_metric.ndim))
+        rows.append(contracted(difference(runs, view) * view.of(gradient), axes, lists, runs.base_metric.ndim))
     return measure_largest(runs, metric, seen, torch.stack(rows), axes, grids, exact, chunk_size)
 
 
 def checked(
-    method: str, f: Any, sites: Where, clean: Any, corrupted: Any, axis: Axis, direction: str, chunk_size: int | None
+    method: str,
+    f: Any,
+    sites: Where,
+    clean: Any,
+    corrupted: Any,
+    metric: Any,
+    axis: Axis,
+    direction: str,
+    exact: int,
+    chunk_size: int | None,
 ) -> tuple[tuple[View, ...], tuple[int, ...]]:
+    """What can be said of the arguments before anything runs; the views and axes."""
     require_gradients(method)
     seen, axes = views(f, sites), as_axes(axis)
-    check_runs(method, f, clean, corrupted, direction, chunk_size)
+    require_positive("exact", exact, least=0)
+    check_runs(method, f, clean, corrupted, metric, direction, chunk_size)
     return seen, axes
 
 
-def require_count(exact: Any) -> None:
-    if not isinstance(exact, int) or isinstance(exact, bool) or exact < 0:
-        raise InputError(f"exact is how many effects to measure, got {describe(exact)}; give 0 or more.")
+def require_scores(runs: Runs, seen: Sequence[View], axes: tuple[int, ...], exact: int) -> None:
+    """Raises unless the gradient at each view gives a number for each place and, for a metric [B], each example."""
+    if exact and (is_compiling() or any(unwrapped(m).ndim > m.ndim for m in (runs.base_metric, runs.source_metric))):
+        raise InputError(f"exact={exact} has to see which effects are largest; under vmap and compilation give exact=0.")
+    for view in seen:
+        part = view.of(runs.base.values[view.want])
+        if not part.is_floating_point():
+            raise InputError(f"sites has {view.name!r}, which holds {describe(part)}; give sites of floating-point values.")
+        if runs.base_metric.ndim:
+            if 0 in [axis % part.ndim for axis in axes]:
+                raise InputError(
+                    "axis=0 is that of the examples, for each of which the metric gives a number; take another axis."
+                )
+            if part.shape[:1] != runs.base_metric.shape:
+                raise SiteError(
+                    f"site {view.name!r} holds {describe(part)}, which is not one row for each of {len(runs.base_metric)} "
+                    "examples; give a metric that is one number."
+                )
+
+
+def _lane(f: FunctionalModel, along: SiteLike) -> Want:
+    wants = exact_wants(f, along, "along")
+    if len(wants) > 1:
+        raise SiteError(f"along is one site, got {len(wants)}: {', '.join(str(want.site) for want in wants)}.")
+    return Want(wants[0].site, str(wants[0].site), exact=True)  # as a view of the same site has it
 
 
 def site_gradients(
@@ -259,15 +302,19 @@ def difference(runs: Runs, view: View) -> Tensor:
     return view.of(runs.source[view.want]) - view.of(runs.base.values[view.want])
 
 
-def contracted(view: View, product: Tensor, axes: tuple[int, ...], lists: Sequence[Sequence[int]], metric_ndim: int) -> Tensor:
+def _require_first(base: Tape, lane: Want) -> None:
+    if not (value := base.values[lane]).is_floating_point():
+        raise InputError(f"along={str(lane.site)!r} holds {describe(value)}; give a site of floating-point values.")
+    if (first := next(iter(base.values))) != lane:
+        raise SiteError(
+            f"along={str(lane.site)!r} is reached after {str(first.site)!r}, whose gradient it would cut off; give a site "
+            "before all others, such as the embedding."
+        )
+
+
+def contracted(product: Tensor, axes: tuple[int, ...], lists: Sequence[Sequence[int]], metric_ndim: int) -> Tensor:
     """A product of differences and gradients summed over all but the places and, for a metric [B], the examples: [*P, *M]."""
-    counted = [axis % product.ndim for axis in axes]
-    if metric_ndim:
-        if 0 in counted:
-            raise InputError("axis=0 is that of the examples, for each of which the metric gives a number; take another axis.")
-        if product.ndim == 0:
-            raise SiteError(f"site {view.name!r} holds one number for all examples; give a metric that is one number too.")
-    kept = [*counted, *[0] * metric_ndim]
+    kept = [*(axis % product.ndim for axis in axes), *[0] * metric_ndim]
     rest = [axis for axis in range(product.ndim) if axis not in kept]
     product = product.permute(*kept, *rest)
     scores = product.reshape(*product.shape[: len(kept)], -1).sum(-1)

@@ -11,21 +11,23 @@ from torch import Tensor
 
 from ..core.checks import require_number, require_positive, warn_if_stochastic
 from ..core.compat import visible
-from ..core.errors import InputError
+from ..core.errors import InputError, SiteError
 from ..core.estimate import Estimate, Moments
 from ..core.functional import FunctionalModel
 from ..core.progress import Progress
 from ..core.randomness import normal_like, require_generator
+from ..core.reading import Capture
 from ..core.replay import Tape
 from ..core.sites import SiteLike
 from ..core.structure import describe
 from ..core.transforms import exact_wants
 from ..core.writing import Intervene
-from .patches import Axis, Indices, Metric, Where, as_axes, measured, same_grids, sweep, views, wants_of
+from .patches import Axis, Indices, Metric, Where, as_axes, measured, require_metric, same_grids, sweep, views, wants_of
+from .runs import wide
 
 
 class CausalTrace(NamedTuple):
-    """The metric in the clean run, in noisy ones, and in noisy ones with one thing restored.
+    """The metric in the clean run, in noisy ones, and in noisy ones with one thing restored. Estimates are float32 at least.
 
     Attributes:
         restored: `Estimate` of [S, P, *M], for S sites (or windows around them), P positions and a metric of shape M.
@@ -84,7 +86,7 @@ def causal_trace(
         axis: as for `activation_patching`.
         positions: as for `activation_patching`.
         noise: in units of `sigma`.
-        sigma: None for the standard deviation of all numbers of the clean embeddings of the subject in `inputs`. The paper
+        sigma: None for the standard deviation of all numbers of the clean embeddings of the subjects in `inputs`. The paper
             takes it over the subjects of a whole data set.
         samples: K, how many times noise is drawn.
         generator: for the noise, which does not depend on `chunk_size`; None for the global one.
@@ -114,22 +116,27 @@ def causal_trace(
         (True, tensor([0.]))
     """
     seen, axes = views(f, sites), as_axes(axis)
-    (place,) = exact_wants(f, embedding, "embedding")
+    places = exact_wants(f, embedding, "embedding")
+    if len(places) > 1:
+        raise SiteError(f"embedding has {len(places)} sites; give the one that gets the noise.")
+    (place,) = places
     for name, number in (("window", window), ("samples", samples)):
         require_positive(name, number)
     require_positive("chunk_size", chunk_size, optional=True)
     require_number("noise", noise)
+    require_metric(metric)
     if sigma is not None:
         require_number("sigma", sigma)
     require_generator(generator)
     warn_if_stochastic(f, "causal_trace")
 
     wants = wants_of(seen)
-    quiet = Tape(f, params, inputs, tuple(dict.fromkeys((*wants, place))))
-    clean = measured(metric, quiet.output)
-    embedded = quiet.values[place]
+    output, values = Capture(f, tuple(dict.fromkeys((*wants, place))))(params, inputs)
+    clean = measured(metric, output)
+    quiet = {want: values[str(want.site)] for want in wants}
+    embedded = values[str(place.site)]
     where = _subject(subject, embedded)
-    grids = same_grids(seen, quiet.values, axes, positions)
+    grids = same_grids(seen, quiet, axes, positions)
     level = noise * (_spread(embedded, where) if sigma is None else sigma)
 
     total, done = samples * len(seen), 0
@@ -144,13 +151,13 @@ def causal_trace(
         rows = []
         for number, lists in enumerate(grids):
             near = seen[max(0, number - window // 2) : number - window // 2 + window]
-            patches = [(view, view.of(quiet.values[view.want])) for view in near]
+            patches = [(view, view.of(quiet[view.want])) for view in near]
             rows.append(sweep(base, metric, corrupted, patches, axes, lists, chunk_size))
             done += 1
             if progress is not None:
                 progress(done, total)
-        restored = torch.stack(rows)
-        new = [Moments.of(each[None]) for each in (restored, restored - corrupted, corrupted)]
+        restored, without = wide(torch.stack(rows)), wide(corrupted)
+        new = [Moments.of(each[None]) for each in (restored, restored - without, without)]
         moments = [a + b for a, b in zip(moments, new)] if moments else new
     restored_, effect, corrupted_ = (Estimate(each.mean, each.standard_error) for each in moments)
     return CausalTrace(restored_, effect, corrupted_, clean)
@@ -168,7 +175,8 @@ def _subject(subject: Any, embedded: Tensor) -> Tensor:
     else:
         places = subject.tolist() if isinstance(subject, Tensor) else subject
         length = shape[1]
-        if not isinstance(places, Sequence) or not all(isinstance(p, int) and -length <= p < length for p in places):
+        integers = isinstance(places, Sequence) and all(isinstance(p, int) and not isinstance(p, bool) for p in places)
+        if not integers or not all(-length <= p < length for p in places):
             raise InputError(f"subject={subject!r} are no indices of {length} tokens; give such, or a bool tensor [B, L].")
         mask = torch.zeros(shape, dtype=torch.bool)
         mask[:, list(places)] = True
@@ -179,7 +187,10 @@ def _subject(subject: Any, embedded: Tensor) -> Tensor:
 
 def _spread(embedded: Tensor, where: Tensor) -> Tensor:
     """The standard deviation of the numbers of some tokens."""
+    embedded = wide(embedded)
     weights = where.expand_as(embedded).to(embedded)
     count = weights.sum()
+    if visible(count) and count < 2:
+        raise InputError("the embedding of the subject is one number, which has no standard deviation; give sigma.")
     mean = (embedded * weights).sum() / count
     return (((embedded - mean).square() * weights).sum() / (count - 1)).sqrt()

@@ -14,7 +14,7 @@ from ..core.errors import InputError, SiteError
 from ..core.functional import FunctionalModel
 from ..core.progress import Progress
 from ..core.structure import describe
-from ..core.transforms import Sites, require_sites
+from .patches import Where, views
 from .streaming import Positions, head, numbered
 
 
@@ -22,7 +22,7 @@ def mean_activations(
     f: FunctionalModel,
     params: Any,
     batches: Iterable[Any],
-    sites: Sites,
+    sites: Where,
     *,
     pooled: bool = False,
     positions: Positions = None,
@@ -40,10 +40,12 @@ def mean_activations(
         f: functional model.
         params: its parameters.
         batches: iterable of batches, each what `f` takes as inputs, or what `inputs_of` makes into that.
-        sites: addresses; patterns stand for all modules that they match. Values are [B, *shape], with positions [B, L, *shape].
+        sites: addresses; patterns stand for all modules that they match, a `HeadLayout` for the site at which it has heads.
+            Values are [B, *shape], with positions [B, L, *shape].
         pooled: whether the mean is over the positions (axis 1) too, which may then differ in number from batch to batch.
         positions: which positions count, as for `collect`; None: `"attention_mask"` where the inputs have one, else all. A
-            position that never counts has the mean 0.
+            position that never counts has the mean 0. Positions are columns: in prompts of different length, padded on the
+            left say, a column is now this word, now that one, so that `pooled` means more.
         inputs_of: a function of the batch.
         chunk_size: how many examples of a batch run at once; None for all.
         progress: called as `progress(done, total)`, in batches.
@@ -64,9 +66,9 @@ def mean_activations(
         >>> mean_activations(f, params, [torch.tensor([[1.0, 2]]), torch.tensor([[3.0, 6]])], ":out")[":out"]
         tensor([2., 4.])
     """
-    require_sites(f)
     require_positive("chunk_size", chunk_size, optional=True)
-    model = head("mean_activations", f, sites, inputs_of, positions, chunk_size)
+    addresses = [str(view.want.site) for view in views(f, sites)]
+    model = head("mean_activations", f, list(dict.fromkeys(addresses)), inputs_of, positions, chunk_size)
     warn_if_stochastic(f, "mean_activations")
     means: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}

@@ -18,9 +18,9 @@ from ..core.functional import FunctionalModel
 from ..core.progress import Progress
 from ..core.structure import describe
 from .activation_patching import activation_patching, restored
-from .patches import Axis, Indices, Where, as_axes, views
+from .patches import Axis, Indices, Where, as_axes, require_metric, views
 from .prompt_pairs import require_aligned
-from .runs import require_direction
+from .runs import require_direction, wide
 from .streaming import fingerprint, numbered
 from .subspaces import Subspace
 
@@ -28,10 +28,10 @@ FORMAT = 1
 
 
 class PairPatching(NamedTuple):
-    """Means over pairs with their standard errors.
+    """Means over pairs with their standard errors, in float32 at least.
 
     Attributes:
-        patched: `Estimate` of [S, P], as `Patching.patched`, or of its normalised form.
+        patched: `Estimate` of [S, P], as `Patching.patched` without its last dimension, or of its normalised form.
         clean: `Estimate` of [], the metric of the clean run.
         corrupted: `Estimate` of [], that of the corrupted run.
         pairs: how many there were.
@@ -76,10 +76,11 @@ def patch_pairs(
         subspaces: as for `activation_patching`.
         direction: as for `activation_patching`.
         normalize: whether each pair is scaled to 0 for its corrupted run and 1 for its clean one. A pair whose runs are nearly
-            alike then weighs much; the ratio of the means without `normalize` has no such trouble.
+            alike then weighs much; the ratio of the means without `normalize` has no such trouble:
+            `(patched.value - corrupted.value) / (clean.value - corrupted.value)`.
         path: a file that is written after every batch.
-        resume: whether to go on from what `path` holds: the same batches are given again, those that are finished are passed
-            over, and the result is the same bit for bit.
+        resume: whether to go on from what `path` holds: the same batches are given again, with the same `params` and `metric`,
+            those that are finished are passed over, and the result is the same bit for bit.
         chunk_size: as for `activation_patching`.
         progress: called as `progress(done, total)`, in batches; of an iterable without a length only the end is known.
 
@@ -107,6 +108,7 @@ def patch_pairs(
     as_axes(axis)
     require_direction(direction)
     require_positive("chunk_size", chunk_size, optional=True)
+    require_metric(metric)
     if path is None and resume:
         raise InputError("resume=True goes on with what is on disk; give path.")
     warn_if_stochastic(f, "patch_pairs")
@@ -116,7 +118,7 @@ def patch_pairs(
         "axis": str(axis),
         "direction": direction,
         "normalize": normalize,
-        "subspaces": subspaces is not None,
+        "subspaces": _told(subspaces),
     }
     state = _State(path, asked, resume)
     count = 0
@@ -125,7 +127,7 @@ def patch_pairs(
         clean, corrupted, measure = _unpacked(pair, metric, number)
         if number < state.batches:
             if number == state.batches - 1:
-                state.require_same((clean, corrupted))
+                state.require_same(pair)
             continue
         with torch.no_grad():
             got = activation_patching(
@@ -141,10 +143,9 @@ def patch_pairs(
                 direction=direction,
                 chunk_size=chunk_size,
             )
-            _require_each(got.clean, number)
             patched = restored(got.patched, got.clean, got.corrupted) if normalize else got.patched
             samples = {"patched": patched.movedim(-1, 0), "clean": got.clean, "corrupted": got.corrupted}
-        state.add({name: Moments.of(sample) for name, sample in samples.items()}, (clean, corrupted))
+        state.add({name: Moments.of(wide(sample)) for name, sample in samples.items()}, pair)
     if count < state.batches:
         raise InputError(f"pairs has {count} batches, but path={str(path)!r} holds {state.batches}; give the same ones again.")
     estimates = {name: Estimate(each.mean, each.standard_error) for name, each in state.moments.items()}
@@ -158,19 +159,28 @@ def _unpacked(pair: Any, metric: Callable[..., Tensor], number: int) -> tuple[An
         )
     clean, corrupted, *answers = pair
     require_aligned(clean, corrupted)
-    return clean, corrupted, partial(_metric_of, metric, answers) if answers else metric
+    return clean, corrupted, partial(_one_for_each, metric, answers, number)
 
 
-def _metric_of(metric: Callable[..., Tensor], answers: Sequence[Any], output: Any) -> Tensor:
-    return metric(output, *answers)
-
-
-def _require_each(value: Tensor, number: int) -> None:
-    if value.ndim != 1:
+def _one_for_each(metric: Callable[..., Tensor], answers: Sequence[Any], number: int, output: Any) -> Tensor:
+    value = metric(output, *answers)
+    if not isinstance(value, Tensor) or value.ndim != 1:
         raise TargetError(
             f"metric returned {describe(value)} for batch {number}; return one number for each pair, a tensor [B], so that the "
             "standard error can be told."
         )
+    return value
+
+
+def _told(subspaces: Any) -> str | None:
+    """What a file remembers of the subspaces."""
+    if subspaces is None:
+        return None
+    given = subspaces if isinstance(subspaces, Mapping) else {"": subspaces}
+    parts = {
+        site: (s.read, s.write, torch.tensor(s.complemented)) if isinstance(s, Subspace) else s for site, s in given.items()
+    }
+    return f"checksum {fingerprint(parts):08x}"
 
 
 class _State:
@@ -228,6 +238,7 @@ class _State:
             "checksum": self.checksum,
             "moments": {name: (m.count, m.mean, m.squares) for name, m in self.moments.items()},
         }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         written = self.path.with_name(self.path.name + ".tmp")
         torch.save(record, written)
         os.replace(written, self.path)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor
 
 from ..core.batching import vmap_or_loop
@@ -20,7 +21,7 @@ from ..core.structure import describe
 from ..core.transforms import require_sites
 from .names.layout import HeadLayout
 
-Where = SiteLike | HeadLayout | Sequence[SiteLike | HeadLayout]
+Where = SiteLike | HeadLayout | Sequence[SiteLike | HeadLayout | None]
 Axis = int | Sequence[int] | None
 Indices = Sequence[int] | Sequence[Sequence[int] | None] | None
 Source = Tensor | Callable[[Tensor], Tensor]
@@ -49,8 +50,12 @@ class View:
 def views(f: FunctionalModel, sites: Where, name: str = "sites") -> tuple[View, ...]:
     """The sites resolved; patterns over modules stand for all that they match. Raises `SiteError` for several values at one."""
     require_sites(f)
+    if isinstance(sites, (Mapping, TensorDictBase)):
+        raise SiteError(
+            f"{name} is {describe(sites)}; give addresses alone, and positions, which are the same for all of them."
+        )
     found: dict[View, None] = {}
-    for where in sites if isinstance(sites, (tuple, list)) else [sites]:
+    for where in [sites] if isinstance(sites, str) or not isinstance(sites, Iterable) else sites:
         if where is None:
             raise SiteError(f"{name} holds None: tdhook.latent.names did not find a site; print the names to see the reason.")
         layout = where if isinstance(where, HeadLayout) else None
@@ -79,7 +84,7 @@ def wants_of(*groups: Sequence[View]) -> tuple[Want, ...]:
 
 
 def as_axes(axis: Axis, name: str = "axis") -> tuple[int, ...]:
-    axes = () if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
+    axes: Any = () if axis is None else tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
     if not all(isinstance(a, int) and not isinstance(a, bool) for a in axes) or len(set(axes)) < len(axes):
         raise InputError(f"{name}={axis!r} is no axis; give a number, several different ones, or None for whole values.")
     return axes
@@ -91,25 +96,31 @@ def grid(view: View, value: Tensor, axes: tuple[int, ...], indices: Indices, nam
         if indices is not None:
             raise InputError(f"{name}={indices!r} count along an axis; give axis too.")
         return []
-    lists: Sequence[Any] = [indices] if len(axes) == 1 else [None] * len(axes) if indices is None else indices
-    if len(lists) != len(axes):
-        raise InputError(f"{name} has {len(lists)} entries for {len(axes)} axes; give for each a sequence, or None for all.")
-    return [_along(view, value, axis, each, name) for axis, each in zip(axes, lists)]
-
-
-def _along(view: View, value: Tensor, axis: int, indices: Sequence[int] | None, name: str) -> list[int]:
+    lists: Any = [indices] if len(axes) == 1 else [None] * len(axes) if indices is None else indices
+    count = len(lists) if isinstance(lists, Sequence) else 1
+    if count != len(axes):
+        raise InputError(f"{name} has {count} entries for {len(axes)} axes; give for each a sequence, or None for all.")
     part = view.of(value)
-    if not -part.ndim <= axis < part.ndim:
-        raise InputError(f"axis={axis} is out of range at {view.name!r}, which holds {describe(part)}.")
-    length = part.shape[axis]
+    for axis in axes:
+        if not -part.ndim <= axis < part.ndim:
+            raise InputError(f"axis={axis} is out of range at {view.name!r}, which holds {describe(part)}.")
+    if len({axis % part.ndim for axis in axes}) < len(axes):
+        raise InputError(f"axis={axes} means one axis twice at {view.name!r}, which holds {describe(part)}.")
+    return [_along(view, part.shape[axis], each, name) for axis, each in zip(axes, lists)]
+
+
+def _along(view: View, length: int, indices: Any, name: str) -> list[int]:
     if indices is None:
         return list(range(length))
-    if not len(indices):
+    chosen = indices.tolist() if hasattr(indices, "tolist") else indices
+    if not isinstance(chosen, Sequence) or not all(isinstance(i, int) and not isinstance(i, bool) for i in chosen):
+        raise InputError(f"{name} has {describe(indices)} for one axis; give a sequence of integers, such as [0, -1].")
+    if not chosen:
         raise InputError(f"{name} is empty; give at least one, or None for all.")
-    for index in indices:
+    for index in chosen:
         if not -length <= index < length:
             raise InputError(f"{name} has {index}, out of range for {length} positions at {view.name!r}.")
-    return [index % length for index in indices]
+    return [index % length for index in chosen]
 
 
 def same_grids(seen: Sequence[View], values: Mapping[Want, Tensor], axes: tuple[int, ...], indices: Indices) -> list[Any]:
@@ -162,6 +173,12 @@ def _write(view: View, source: Source, mask: Mask | None, before: Callable | Non
         return view.within(value, new if mask is None else torch.where(mask(there), new, there))
 
     return write
+
+
+def require_metric(metric: Any) -> None:
+    """Raises `InputError` unless a metric can be called."""
+    if not callable(metric):
+        raise InputError(f"metric is {describe(metric)}; give a function of the output to a floating-point tensor [] or [B].")
 
 
 def measured(metric: Metric, output: Any) -> Tensor:

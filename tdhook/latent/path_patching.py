@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.errors import InputError
+from ..core.compat import is_compiling
+from ..core.errors import InputError, SiteError
 from ..core.functional import FunctionalModel
 from ..core.progress import Progress
 from ..core.reading import Capture
 from ..core.replay import Tape
+from ..core.scope import module_path
+from ..core.structure import describe
+from ..core.tail import surrounds
 from .activation_patching import Patching
 from .patches import (
     Axis,
@@ -75,8 +79,9 @@ def path_patching(
             (`names.query[9]`), the last residual or `":out"` for the effect on the output that is direct. A mapping gives
             each the indices along `receiver_axis` that receive: `{names.query[9]: [6, 9]}`.
         frozen: the nodes that pass nothing on, such as `[*names.attention, *names.mlp]`; with heads as senders
-            `[*names.head_output, *names.mlp]`, since what is held is deaf to a sender inside it. Senders and receivers may be
-            among them: of a sender the rest is held, a receiver is read before it is held.
+            `[*names.head_output, *names.mlp]`, since what is held is deaf to a sender inside it. Wang et al. hold the heads
+            alone, `names.head_output`, so that MLPs belong to the direct path. Senders and receivers may be among them: of a
+            sender the rest is held, a receiver is read before it is held.
         through: stages between, each like `receivers`, by what they send: `["h.5.mlp"]`. A path through one input of a node
             names that input and the node: `[{names.query[5]: [2]}, {names.head_output[5]: [2]}]`, with `receiver_axis=-2`.
         axis: axis of the values at the senders that `positions` count: -2 for heads at a `HeadLayout`; several for all
@@ -91,10 +96,12 @@ def path_patching(
         `Patching`: `patched` is [S, P, *M], or [S, *M] for whole senders.
 
     Raises:
-        InputError: as `activation_patching`; indices without `receiver_axis`. SiteError: as `capture`.
+        InputError: as `activation_patching`; indices without `receiver_axis`; `through` that is no list of stages.
+        SiteError: as `capture`; no receiver; a node that is held around a sender, but not around any of its receivers, so that
+            nothing that is sent could leave it.
 
-    Cost: two forward passes, and for each sender one vmapped pass over its places of `len(through) + 2` runs of what comes
-    after the first write.
+    Cost: two forward passes, and for each sender one vmapped pass over its places: for each stage and the receivers a run from
+    the first write to the last value that is read, then one of what comes after the first receiver.
 
     Source: Wang et al., "Interpretability in the Wild" (2022), appendix B; Goldowsky-Dill et al., "Localizing Model Behavior
     with Path Patching" (2023).
@@ -117,22 +124,22 @@ def path_patching(
     """
     seen, axes, receiver_axes = views(f, senders, "senders"), as_axes(axis), as_axes(receiver_axis, "receiver_axis")
     held = views(f, frozen, "frozen") if not _empty(frozen) else ()
-    given = [*through, receivers]
-    stages = [_stage(f, stage, "receivers" if number == len(through) else "through") for number, stage in enumerate(given)]
+    if not isinstance(through, (list, tuple)):
+        raise InputError(f"through is {describe(through)}; give a list of stages, such as ['h.5.mlp'].")
+    stages = [*(_stage(f, stage, "through") for stage in through), _stage(f, receivers, "receivers")]
     for stage in stages:
         if not receiver_axes and any(indices is not None for _, indices in stage):
             raise InputError("receivers have indices, which count along an axis; give receiver_axis too.")
-    check_runs("path_patching", f, clean, corrupted, direction, chunk_size)
+    if not is_compiling():  # Dynamo cannot compare the sites
+        for sending, reading in zip([[(view, None) for view in seen], *stages], stages):
+            _require_heard(held, sending, reading)
+    check_runs("path_patching", f, clean, corrupted, metric, direction, chunk_size)
 
-    # The receivers are read closest to the model, before a node that is held is written.
-    ends = [tuple(view for view, _ in stage) for stage in stages]
-    reading = Capture(f, wants_of(*ends))
-    wants = wants_of(seen, held, *ends)
     source_inputs, base_inputs = (clean, corrupted) if direction == "denoise" else (corrupted, clean)
     output, source = Capture(f, wants_of(seen))(params, source_inputs)
     source_metric = measured(metric, output)
-    base = Tape(reading, params, base_inputs, wants)
-    base_metric = measured(metric, base.output[0])
+    base = Tape(f, params, base_inputs, wants_of(seen, held, *([view for view, _ in stage] for stage in stages)))
+    base_metric = measured(metric, base.output)
     grids = same_grids(seen, base.values, axes, positions)
     hops: list[Stage] = [[(v, _mask(v, base, receiver_axes, indices)) for v, indices in stage] for stage in stages]
 
@@ -158,22 +165,40 @@ def path_patching(
 def _along(base: Tape, patches: list[Any], hops: Sequence[Stage], held: Sequence[View]) -> Any:
     """The output after the patches have gone from stage to stage."""
     for stage in hops:
-        first = min(base._times[view.want] for view, *_ in patches)
+        first = min(base.time_of(view.want) for view, *_ in patches)
         # A node that is over before the first write cannot change, so it need not be held, and is replayed.
-        frozen = [(view, view.of(base.values[view.want]), None) for view in held if base._times[view.want] >= first]
-        _, values = base.resume(writes([*frozen, *patches]))
-        patches = [(view, view.of(values[view.name]), mask) for view, mask in stage]
-    return base.resume(writes(patches))[0]
+        frozen = [(view, view.of(base.values[view.want]), None) for view in held if base.time_of(view.want) >= first]
+        values = base.resume_until(writes([*frozen, *patches]), wants_of([view for view, _ in stage]))
+        patches = [(view, view.of(values[view.want]), mask) for view, mask in stage]
+    return base.resume(writes(patches))
 
 
 def _stage(f: FunctionalModel, given: Any, name: str) -> list[tuple[View, Any]]:
-    if isinstance(given, Mapping):
-        return [(view, indices) for where, indices in given.items() for view in views(f, where, name)]
-    return [(view, None) for view in views(f, given, name)]
+    if not isinstance(given, Mapping):
+        return [(view, None) for view in views(f, given, name)]
+    if not given:
+        raise SiteError(f"{name} is empty: no site was given; give at least one.")
+    return [(view, indices) for where, indices in given.items() for view in views(f, where, name)]
 
 
 def _empty(sites: Any) -> bool:
     return isinstance(sites, (tuple, list)) and not sites
+
+
+def _require_heard(held: Sequence[View], sending: Sequence[tuple[View, Any]], reading: Sequence[tuple[View, Any]]) -> None:
+    """Raises `SiteError` where a node is held around a sender, and no receiver lies inside: the sender would change nothing."""
+    for node in held:
+        path = module_path(node.want.site)
+        if node.want.site.op is not None or node.want.site.port != "out":
+            continue
+        if any(view.want == node.want or surrounds(path, (view.want,)) for view, _ in reading):
+            continue
+        for view, _ in sending:
+            if view.want != node.want and surrounds(path, (view.want,)):
+                raise SiteError(
+                    f"frozen holds {node.name!r}, inside of which {view.name!r} sends, so that nothing would leave it; hold "
+                    "values like the sender's instead: for heads [*names.head_output, *names.mlp]."
+                )
 
 
 def _mask(view: View, base: Tape, axes: tuple[int, ...], indices: Any) -> Mask | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..core.compat import visible
 from ..core.errors import InputError, SiteError
 from ..core.structure import describe
 
@@ -99,7 +100,7 @@ def _at(site: str, value: Tensor, mask: Tensor | None, index: int) -> Tensor:
     counted, lengths = mask.cumsum(1), mask.sum(1)
     wanted = index + 1 if index >= 0 else lengths[:, None] + index + 1
     here = mask & (counted == wanted)
-    if not here.any(1).all():
+    if visible(here) and not here.any(1).all():
         raise InputError(f"pool={index} is out of range at {site!r}: an example has only {int(lengths.min())} positions.")
     return value[torch.arange(len(value), device=value.device), here.int().argmax(1)]
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from ..core.checks import flatten_as
 from ..core.compat import visible
 from ..core.errors import InputError
 from ..core.structure import describe
@@ -19,27 +19,34 @@ MASK = "attention_mask"
 
 def require_aligned(clean: Any, corrupted: Any) -> None:
     """Raises `InputError` unless two inputs have one structure, the same shapes and dtypes, and padding at the same places."""
-    first, second = pytree.tree_flatten(clean)[0], pytree.tree_flatten(corrupted)[0]
-    if len(first) != len(second):
+    try:
+        pairs = list(zip(flatten_as("clean", clean, clean), flatten_as("corrupted", corrupted, clean)))
+        alike = all(isinstance(a, Tensor) == isinstance(b, Tensor) for a, b in pairs)
+    except InputError:
+        alike = False
+    if not alike:
         raise InputError(
             f"clean is {describe(clean)} but corrupted is {describe(corrupted)}; give inputs of the same structure."
         )
-    for a, b in zip(first, second):
-        if isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape != b.shape or a.dtype != b.dtype):
+    for a, b in pairs:
+        if isinstance(a, Tensor) and (a.shape != b.shape or a.dtype != b.dtype):
             raise InputError(
                 f"clean holds {describe(a)} but corrupted {describe(b)}; patching needs aligned inputs, token by token, so "
                 "choose prompts of the same length."
             )
-    here, there = (
-        inputs[MASK] if isinstance(inputs, (Mapping, TensorDictBase)) and MASK in inputs.keys() else None
-        for inputs in (clean, corrupted)
-    )
-    if isinstance(here, Tensor) and isinstance(there, Tensor) and visible(here, there) and not torch.equal(here, there):
-        example = int((here != there).flatten(1).any(1).nonzero()[0])
+    here, there = mask_of(clean), mask_of(corrupted)
+    if here is not None and there is not None and visible(here, there) and not torch.equal(here, there):
+        example = int(torch.atleast_2d(here != there).flatten(1).any(1).nonzero()[0])
         raise InputError(
             f"clean and corrupted are padded at different places in example {example}; patching needs aligned inputs, token "
             "by token, so choose prompts of the same length."
         )
+
+
+def mask_of(inputs: Any) -> Tensor | None:
+    """Which tokens are no padding, bool Tensor [B, S]; None where the inputs do not say so."""
+    mask = inputs[MASK] if isinstance(inputs, (Mapping, TensorDictBase)) and MASK in inputs.keys() else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def differing_positions(clean: Any, corrupted: Any) -> Tensor:
@@ -98,8 +105,11 @@ def token_span(inputs: Any, tokens: Sequence[int] | Sequence[Sequence[int]], *, 
                 [False, False,  True,  True]])
     """
     ids = _tokens("inputs", inputs)
-    one = bool(tokens) and isinstance(tokens[0], int)
-    spans: list[Any] = [list(tokens)] * len(ids) if one else [list(span) for span in tokens]  # type: ignore[arg-type]
+    if not isinstance(tokens, (Sequence, Tensor)):
+        raise InputError(f"tokens is {describe(tokens)}; give a sequence of token ids, or one for each prompt.")
+    given = [each.tolist() if isinstance(each, Tensor) else each for each in tokens]
+    one = bool(given) and isinstance(given[0], int)
+    spans: list[Any] = [given] * len(ids) if one else [list(span) for span in given]  # type: ignore[arg-type]
     if len(spans) != len(ids) or not all(spans):
         raise InputError(f"tokens has {len(spans)} sequences for {len(ids)} prompts; give one, or one for each, not empty.")
     found = torch.zeros_like(ids, dtype=torch.bool)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..core.checks import require_positive, warn_if_stochastic
@@ -14,7 +15,7 @@ from ..core.functional import FunctionalModel
 from ..core.reading import Capture
 from ..core.replay import Tape
 from ..core.sites import Want
-from .patches import Metric, measured
+from .patches import Metric, measured, require_metric
 from .prompt_pairs import require_aligned
 
 DIRECTIONS = ("denoise", "noise")
@@ -47,6 +48,11 @@ class Runs:
         return self.base_metric if self.denoise else self.source_metric
 
 
+def wide(value: Tensor) -> Tensor:
+    """In float32 at least: a mean of many numbers is taken in it."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
 def require_direction(direction: Any) -> None:
     if direction not in DIRECTIONS:
         raise InputError(
@@ -54,8 +60,11 @@ def require_direction(direction: Any) -> None:
         )
 
 
-def check_runs(method: str, f: FunctionalModel, clean: Any, corrupted: Any, direction: str, chunk_size: int | None) -> None:
+def check_runs(
+    method: str, f: FunctionalModel, clean: Any, corrupted: Any, metric: Any, direction: str, chunk_size: int | None
+) -> None:
     """What can be said of the arguments before anything runs."""
+    require_metric(metric)
     require_direction(direction)
     require_positive("chunk_size", chunk_size, optional=True)
     require_aligned(clean, corrupted)

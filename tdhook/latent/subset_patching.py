@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.batching import chunks, vmap_or_loop
+from ..core.batching import vmap_or_loop
 from ..core.checks import require_number, require_positive
 from ..core.errors import InputError
 from ..core.estimate import Estimate
@@ -16,7 +16,7 @@ from ..core.functional import FunctionalModel
 from ..core.randomness import require_generator, stacked, uniform
 from ..core.structure import describe
 from .patches import Axis, Indices, Metric, View, Where, as_axes, same_grids, views, wants_of, writes
-from .runs import check_runs, two_runs
+from .runs import check_runs, two_runs, wide
 
 
 class SubsetPatching(NamedTuple):
@@ -56,7 +56,8 @@ def subset_patching(
 
     A diagnosis of `attribution_patching` and `atp_star`: of the nodes that they have not found (`exclude=result.exact`), one
     whose contribution lies several standard errors from zero was missed; where all lie within, what a node can still hide is
-    bounded by these errors. A node whose effect is the same in all company has its own effect as contribution.
+    bounded by these errors: `|value| + 2 * standard_error`, say. A node whose effect is the same in all company has its own
+    effect as contribution.
 
     Args:
         f: functional model.
@@ -82,7 +83,7 @@ def subset_patching(
 
     Cost: two forward passes, and one for each subset.
 
-    Source: after the diagnostics of Kramar et al., "AtP*" (2024), section 4; the contribution is the Banzhaf value for
+    Source: after the diagnostics of Kramar et al., "AtP*" (2024); the contribution is the Banzhaf value for
     `probability=0.5`.
 
     Examples:
@@ -99,7 +100,7 @@ def subset_patching(
     if probability >= 1:
         raise InputError(f"probability={probability} puts every node into every subset; give a number between 0 and 1.")
     require_generator(generator)
-    check_runs("subset_patching", f, clean, corrupted, direction, chunk_size)
+    check_runs("subset_patching", f, clean, corrupted, metric, direction, chunk_size)
     runs = two_runs(f, params, clean, corrupted, metric, wants_of(seen), direction)
     base, values = runs.base, runs.base.values
     grids = same_grids(seen, values, axes, positions)
@@ -119,7 +120,7 @@ def subset_patching(
             patches.append((view, view.of(runs.source[view.want]), _chosen(view, bits, axes, lists)))
         return metric(base.resume(writes(patches))) - runs.base_metric
 
-    effects = torch.cat([vmap_or_loop(effect, subsets[part]) for part in chunks(samples, chunk_size)])
+    effects = vmap_or_loop(effect, subsets, chunk_size)
     return SubsetPatching(effects, _contributions(effects, subsets))
 
 
@@ -142,7 +143,7 @@ def _chosen(view: View, bits: Tensor, axes: tuple[int, ...], lists: Sequence[Seq
 
 def _contributions(effects: Tensor, subsets: Tensor) -> Estimate:
     """The difference of the mean effects with and without each node, and its standard error."""
-    flat = effects.reshape(len(effects), -1)
+    flat = wide(effects.reshape(len(effects), -1))  # bfloat16 cannot count to 300
     centred = flat - flat.mean(0)
     means, errors = [], []
     for group in (subsets, ~subsets):
@@ -154,4 +155,4 @@ def _contributions(effects: Tensor, subsets: Tensor) -> Estimate:
         errors.append(squares.clamp(min=0) / (count - 1) / count)
     shape = (*subsets.shape[1:], *effects.shape[1:])
     value, error = means[0] - means[1], (errors[0] + errors[1]).sqrt()
-    return Estimate(value.reshape(shape), error.reshape(shape))
+    return Estimate(value.reshape(shape).to(effects.dtype), error.reshape(shape).to(effects.dtype))

@@ -16,7 +16,7 @@ from ..core.functional import FunctionalModel
 from ..core.reading import Capture
 from ..core.structure import describe
 from ..core.writing import Intervene
-from .patches import Axis, Indices, as_axes, at_indices, grid, views, wants_of, writes
+from .patches import Axis, Indices, Mask, View, as_axes, at_indices, grid, views, wants_of, writes
 from .prompt_pairs import require_aligned
 
 
@@ -28,6 +28,8 @@ class Subspace:
         read: Tensor [D, K].
         write: Tensor [K, D], with `write @ read` the identity; for an orthonormal basis Q [K, D] they are Q^T and Q.
         complemented: whether it is the rest that is meant: what the projection takes away.
+
+    A soft mask m on the dimensions of a rotation R (boundless alignment search) is `Subspace(R * m, R.T)`.
     """
 
     read: Tensor
@@ -107,11 +109,14 @@ def projection(matrix: Tensor) -> Subspace:
         >>> projection(torch.diag(torch.tensor([1.0, 0]))).project(torch.tensor([5.0, 7]))
         tensor([5., 0.])
     """
-    if not isinstance(matrix, Tensor) or matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+    square = isinstance(matrix, Tensor) and matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
+    if not square or not matrix.is_floating_point():
         raise InputError(f"matrix is {describe(matrix)}; give a projection [D, D]; directions [K, D] go to span.")
-    if visible(matrix):
-        error = (matrix @ matrix - matrix).abs().max() if len(matrix) else matrix.sum()
-        if not error <= 1e3 * torch.finfo(matrix.dtype).eps * max(1.0, float(matrix.abs().max())) ** 2:
+    if visible(matrix) and len(matrix):
+        exact = matrix if matrix.dtype == torch.float64 else matrix.float()
+        error, largest = (exact @ exact - exact).abs().max(), max(1.0, float(exact.abs().max()))
+        # of half precision the rounding alone is 0.01
+        if not error <= min(1e3 * torch.finfo(matrix.dtype).eps, 0.05) * largest**2:
             raise InputError("matrix is no projection: its square differs from it; for a basis use span.")
     return Subspace(matrix, torch.eye(len(matrix), device=matrix.device).to(matrix.dtype))
 
@@ -120,7 +125,8 @@ def subspace_at(given: Any, site: str, part: Tensor) -> Subspace | None:
     """What is given for a site, which holds `part` [..., D]; None for all of it."""
     if isinstance(given, Mapping):
         if site not in given:
-            raise SiteError(f"subspaces has no {site!r}." + (did_you_mean(site, given) or f" It has {', '.join(given)}."))
+            known = [str(key) for key in given]
+            raise SiteError(f"subspaces has no {site!r}." + (did_you_mean(site, known) or f" It has {', '.join(known)}."))
         given = given[site]
     if given is None:
         return None
@@ -141,7 +147,7 @@ def interchange(
     *,
     subspaces: Mapping[Any, Any],
     axis: Axis = None,
-    positions: Indices = None,
+    positions: Indices | Tensor = None,
 ) -> Any:
     """The output on one input, with a component of the activations from other inputs.
 
@@ -160,13 +166,14 @@ def interchange(
             axis, directions [K, D] that span one, or None for all of it.
         axis: axis of the values that `positions` count, such as 1 for tokens; or several.
         positions: indices along it where the interchange is made; None for all. For several axes a sequence with one such
-            for each.
+            for each. Where they differ between examples, and without `axis`, a bool tensor of the first axes of the values,
+            such as [B, L] (`token_span` gives one).
 
     Returns:
         What `f` returns.
 
     Raises:
-        InputError: inputs that do not align, a subspace of another size.
+        InputError: inputs that do not align, a subspace of another size, a bool tensor of another shape or with `axis`.
         SiteError: as `capture`. Warns for a model in train mode.
 
     Cost: one forward pass for each source and one for the base.
@@ -188,6 +195,9 @@ def interchange(
     for each in sources:
         require_aligned(base, each)
     axes = as_axes(axis)
+    spots = positions if isinstance(positions, Tensor) and positions.dtype == torch.bool else None
+    if spots is not None and axes:
+        raise InputError(f"positions is {describe(positions)}, which says itself where; leave out axis={axis!r}.")
     warn_if_stochastic(f, "interchange")
 
     patches = []
@@ -198,8 +208,7 @@ def interchange(
             _, values = Capture(f, wants_of(seen))(params, sources[number])
         for view in seen:
             there = view.of(values[view.name])
-            lists = grid(view, values[view.name], axes, positions)
-            mask = (lambda part, lists=lists: at_indices(part, axes, lists)) if axes else None
+            mask = _mask(view, values[view.name], axes, positions) if spots is None else _at(view, there, spots)
             patches.append((view, _exchange(subspace_at(given, view.name, there), there), mask))
     table = writes(patches)
     return Intervene(f, tuple(table), table)(params, base)
@@ -207,3 +216,17 @@ def interchange(
 
 def _exchange(space: Subspace | None, source: Tensor) -> Any:
     return source if space is None else lambda there: space.exchange(there, source)
+
+
+def _mask(view: View, value: Tensor, axes: tuple[int, ...], positions: Any) -> Mask | None:
+    lists = grid(view, value, axes, positions)
+    return (lambda part: at_indices(part, axes, lists)) if axes else None
+
+
+def _at(view: View, part: Tensor, spots: Tensor) -> Mask:
+    if spots.ndim == 0 or part.shape[: spots.ndim] != spots.shape:
+        raise InputError(
+            f"positions is {describe(spots)}; {view.name!r} holds {describe(part)}, give a bool tensor of its first axes."
+        )
+    mask = spots.to(part.device).reshape(*spots.shape, *[1] * (part.ndim - spots.ndim))
+    return lambda there: mask

@@ -396,7 +396,7 @@ def test_a_model_in_train_mode_is_warned_about():
         (X, {"chunk_size": 0}, errors.InputError, "chunk_size is an integer of at least 1 or None, got 0"),
         (X, {"outputs": "0"}, errors.InputError, "outputs is a function of the output or None, got '0'"),
         (X, {"outputs": lambda out: out[0]}, errors.InputError, r"output is .*\[4\] but what is .*\[2, 3\].*x\[None\]"),
-        (X, {"outputs": lambda out: (out,)}, errors.TargetError, "what outputs returned is a tuple with 0; a jacobian needs"),
+        (X, {"outputs": lambda out: (out,)}, errors.TargetError, "what outputs returned is a tuple of 1; a jacobian needs"),
         (X, {"outputs": lambda out: out.argmax(-1)}, errors.TargetError, "what outputs returned is a int64 tensor"),
         (X, {"outputs": lambda out: out.sum()}, errors.TargetError, r"what outputs returned is .* of shape \[\]"),
         (X, {"at": "7"}, errors.SiteError, "the model has no module '7'"),

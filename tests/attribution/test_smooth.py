@@ -380,9 +380,9 @@ def test_bad_options(options, message):
     [
         (X.long(), {}, r"no floating-point tensor to add noise to; for token ids .*tdhook.start_from"),
         (X[0], {}, r"float32 tensor of shape \[3\], which has no range within an example .* relative=False"),
-        (X, {"noise": (0.1, 0.2)}, "noise holds a tuple with 0, 1"),
+        (X, {"noise": (0.1, 0.2)}, "noise holds a tuple of 2"),
         (X, {"noise": None}, "noise holds None"),
-        ((X, X), {"noise": (0.1,)}, "noise is a tuple with 0, which is not the structure of inputs, a tuple with 0, 1"),
+        ((X, X), {"noise": (0.1,)}, "noise is a tuple of 1, which is not the structure of inputs, a tuple of 2"),
         ((X, X), {"noise": (0.1, "b")}, "noise holds 'b'"),
         ({"a": X}, {"noise": {"b": 0.1}}, "noise is a dict with 'b', which is not the structure of inputs, a dict with 'a'"),
     ],

@@ -4,16 +4,19 @@ leaves everything as it was."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import Tensor, nn
 
 import tdhook
 from tdhook import capture, edit_gradient, freeze, functionalize, intervene, perturb, stop_at
-from tdhook.core.errors import InputError, ModelError, ParamsError, SiteError, TdhookError
+from tdhook.core.checks import warn_if_stochastic
+from tdhook.core.errors import InputError, ModelError, ParamsError, SiteError, TdhookError, TdhookWarning
 
 from . import zoo
 from .plain import assert_same, prepared, unchanged
@@ -97,12 +100,43 @@ def test_params_have_the_keys_of_the_model(wrong: Any, said: str) -> None:
     assert_same(f(params, x), f(params, x))
 
 
+def test_the_output_of_the_model_is_addressed_by_element() -> None:
+    g, p, inputs = prepared(*zoo.named("structured"))
+    with pytest.raises(SiteError, match=r"site ':out' holds .*; address an element, such as ':out\[\w+\]'"):
+        capture(g, ":out")(p, inputs)
+
+
+def test_a_module_and_what_has_a_site_are_no_sites() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Sequential(nn.ReLU()))
+    g, _ = functionalize(model)
+    for wrong in (model[0], model[1], [model[0]]):
+        with pytest.raises(SiteError, match=r"got the module (Linear|Sequential); give its path"):
+            capture(g, wrong)
+    with pytest.raises(SiteError, match="of type SimpleNamespace; take its site, '0'"):
+        capture(g, SimpleNamespace(site="0"))
+
+
+def test_dropout_that_is_no_module_is_warned_of() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention_dropout = 0.5
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout(x, self.attention_dropout, self.training)
+
+    model = nn.Sequential(nn.Linear(4, 4), Attention())
+    with pytest.warns(TdhookWarning, match="method: the model is in train mode, where '1' drops"):
+        warn_if_stochastic(functionalize(model)[0], "method")
+    warn_if_stochastic(functionalize(model.eval())[0], "method")
+
+
 # inputs --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
-    [(3, "got 3 of type int"), ([x], "got a list with 0"), (None, "got None"), ("text", "got 'text'")],
+    [(3, "got 3 of type int"), ([x], "got a list of 1"), (None, "got None"), ("text", "got 'text'")],
 )
 def test_inputs_are_a_tensor_a_tuple_or_a_mapping(wrong: Any, said: str) -> None:
     with pytest.raises(InputError, match=f"inputs is a tensor .* {said}.*wrap another kind of argument in a tuple"):
@@ -226,11 +260,11 @@ def test_a_module_called_several_times_is_addressed_by_call(transform: Callable)
 def test_a_structured_value_is_addressed_by_element(transform: Callable) -> None:
     g, p, inputs = prepared(*zoo.named("structured"))
     for site, said in [
-        ("tuple", r"holds a tuple with 0, 1, 2, not a tensor; address an element, such as 'tuple:out\[0\]'"),
+        ("tuple", r"holds a tuple of 3, not a tensor; address an element, such as 'tuple:out\[0\]'"),
         ("record", r"holds a Record with 'score', 'note', 'pair', not a tensor; .* 'record:out\[score\]'"),
         ("tuple:out[1]", r"holds 'text' of type str, not a tensor"),
         ("tuple:out[2]", r"not a tensor; address an element, such as 'tuple:out\[2\]\[0\]'"),
-        ("tuple:out[3]", r"has no element \[3\]: the value there is a tuple with 0, 1, 2"),
+        ("tuple:out[3]", r"has no element \[3\]: the value there is a tuple of 3"),
         ("record:out[scores]", r"has no element \[scores\]: the value there is a Record"),
         ("linear:out[0]", r"has no element \[0\]: the value there is a float32 tensor of shape \[4, 3\]"),
     ]:
@@ -269,7 +303,7 @@ def test_a_pattern_where_single_sites_are_needed_is_an_error(transform: Callable
         (torch.ones(4, 4, device="meta"), r"is .* on meta, the site holds .* on cpu; convert it"),
         (1j, "is 1j, the site holds a float32 tensor"),
         (lambda value: None, "is None of type NoneType; give a tensor like a float32 tensor of shape"),
-        (lambda value: (value,), "is a tuple with 0; give a tensor like"),
+        (lambda value: (value,), "is a tuple of 1; give a tensor like"),
         (lambda value: value[0], r"is a float32 tensor of shape \[4\]"),
     ],
 )

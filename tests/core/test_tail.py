@@ -586,3 +586,75 @@ def test_one_that_failed_leaves_the_next_right(nested):
     with pytest.raises(SiteError, match="write at '0'"):
         g(params, x, torch.ones(2, 4))
     assert_same(g(params, x, stop_at(f, "0")(params, x)), f(params, x))
+
+
+class Again(nn.Module):
+    """One cell, used again and again; and blocks that share a module."""
+
+    def __init__(self):
+        super().__init__()
+        relu = nn.ReLU()
+        self.cell = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(3, 3), relu) for _ in range(3)))
+
+    def forward(self, x):
+        for _ in range(4):
+            x = torch.sigmoid(self.cell(x))
+        return self.blocks(x)
+
+
+@pytest.mark.parametrize(
+    "site", ["cell@0", "cell@2", "cell.1@1", "cell.1/tanh@2", "cell@3:in", "blocks.0", "blocks.1.0", "blocks.0.1@1", "blocks.2"]
+)
+def test_a_tape_counts_the_calls_of_shared_modules(site):
+    """The symptom: a later call of a shared module was taken for the first one, and its old value was replayed."""
+    f, params = functionalize(Again().double())
+    x = torch.randn(2, 3).double()
+    (want,) = resolve(f, site)
+    write = lambda value: value + 1  # noqa: E731
+    assert_same(Tape(f, params, x, (want,)).resume({want: write}), intervene(f, {site: write})(params, x))
+
+
+class Memory(nn.Module):
+    """A module writes into a buffer that a later one reads."""
+
+    def __init__(self, registered):
+        super().__init__()
+        self.write, self.read = nn.Linear(3, 3), nn.Linear(3, 3)
+        seen = torch.zeros(3).double()
+        if registered:
+            self.write.register_buffer("seen", seen)
+        else:
+            self.write.seen = [seen]
+        self.read.seen = self.write.seen
+        self.write.forward = self._write
+        self.middle = nn.Tanh()
+
+    def _write(self, x):
+        seen = self.write.seen
+        (seen if isinstance(seen, torch.Tensor) else seen[0]).add_(x.sum(0))
+        return 2 * x
+
+    def forward(self, x):
+        x = self.middle(self.write(x))
+        seen = self.read.seen
+        return self.read(x + (seen if isinstance(seen, torch.Tensor) else seen[0]))
+
+
+@pytest.mark.parametrize("registered", [True, False])
+def test_a_tape_does_not_replay_what_wrote_into_a_buffer(registered):
+    f, params = functionalize(Memory(registered).double())
+    x = torch.randn(2, 3).double()
+    (want,) = resolve(f, "middle")
+    write = lambda value: value + 1  # noqa: E731
+    expected = intervene(f, {"middle": write})(params, x)
+    assert_same(Tape(f, params, x, (want,)).resume({want: write}), expected)
+
+
+@pytest.mark.parametrize("site", ["cell@2", "cell.1@1", "blocks.1.0", "blocks.0.1@1", "blocks.0.1@2"])
+def test_a_tail_counts_the_calls_of_shared_modules(site):
+    """The symptom: the value was written at another call, or its site was not reached."""
+    f, params = functionalize(Again().double())
+    x = torch.randn(2, 3).double()
+    value = stop_at(f, site)(params, x) + 1
+    assert_same(start_from(f, site)(params, x, value), intervene(f, {site: value})(params, x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import pytest
@@ -323,3 +324,23 @@ def test_a_model_that_raises_raises_and_leaves_the_twin_usable():
     with pytest.raises(ZeroDivisionError, match="one row"):
         trace(f, params, torch.ones(1, 3))
     assert torch.equal(f(params, torch.ones(2, 3)), 2 * torch.ones(2, 3))
+
+
+@functools.lru_cache
+def remembered(length):
+    return torch.arange(length).float()
+
+
+def test_fake_tensors_do_not_stay_in_what_the_model_remembers():
+    """The symptom: after a trace the model itself returned a fake tensor."""
+
+    class Positions(nn.Module):
+        def forward(self, x):
+            return x + remembered(len(x))
+
+    f, params = functionalize(nn.Sequential(Positions()))
+    trace(f, params, torch.zeros(3))
+    assert type(f(params, torch.zeros(3))) is torch.Tensor
+    kept = remembered(3)
+    trace(f, params, torch.zeros(3))
+    assert remembered(3) is kept

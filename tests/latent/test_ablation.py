@@ -68,16 +68,16 @@ def test_one_head_at_one_token():
 
 def test_a_query_head_in_a_fused_projection_leaves_keys_and_values():
     f, params, inputs, found = named("gpt2")
-    got = ablate(f, params, inputs, sites=found.query[0], axis=-2, indices=[2])
+    got = ablate(f, params, inputs, sites=found.query[0], axis=-2, positions=[2])
     expected, _ = hooked(model("gpt2"), inputs, {"transformer.h.0.attn.c_attn": put(..., slice(16, 24), new=0.0)})
     CLOSE(got.logits, expected.logits)
 
 
 def test_neurons_and_numbers():
     f, params = identity()
-    assert ablate(f, params, X, sites="0", axis=-1, indices=[1]).tolist() == [[1, 0, 3], [10, 0, 30]]
-    assert ablate(f, params, X, sites="0", to=7, axis=0, indices=[0]).tolist() == [[7, 7, 7], [10, 20, 30]]
-    assert ablate(f, params, X, sites="0", axis=(0, 1), indices=[[1], [0, 2]]).tolist() == [[1, 2, 3], [0, 20, 0]]
+    assert ablate(f, params, X, sites="0", axis=-1, positions=[1]).tolist() == [[1, 0, 3], [10, 0, 30]]
+    assert ablate(f, params, X, sites="0", to=7, axis=0, positions=[0]).tolist() == [[7, 7, 7], [10, 20, 30]]
+    assert ablate(f, params, X, sites="0", axis=(0, 1), positions=[[1], [0, 2]]).tolist() == [[1, 2, 3], [0, 20, 0]]
     got = ablation_effects(f, params, X, lambda out: out.sum(1), sites="0", axis=1)
     assert got.effect[0].T.tolist() == (-X).tolist()
 
@@ -95,7 +95,7 @@ def test_mean_ablation_is_the_closed_form_per_position_whatever_the_batches():
         CLOSE(mean_activations(f, params, batches(sizes), site, chunk_size=chunk_size)[site], expected.mean(0))
         CLOSE(mean_activations(f, params, batches(sizes), site, pooled=True)[site], expected.mean((0, 1)))
     means = mean_activations(f, params, batches(2), site)
-    got = ablate(f, params, inputs, sites=site, to=means, axis=1, indices=[0, 3])
+    got = ablate(f, params, inputs, sites=site, to=means, axis=1, positions=[0, 3])
 
     def write(value):
         value[:, [0, 3]] = expected.mean(0)[[0, 3]]
@@ -111,16 +111,13 @@ def test_means_by_head_and_pooled_means_at_any_length():
     means = mean_activations(f, params, data, site, pooled=True)
     values = torch.cat([values_of(model("llama"), batch, [site])[site].flatten(0, 1) for batch in data])
     CLOSE(means[site], values.mean(0))
+    CLOSE(mean_activations(f, params, data, found.head_output, pooled=True)[site], means[site])
     got = ablation_effects(f, params, inputs, metric, sites=found.head_output[1], to=means, axis=-2, positions=[3])
     expected, _ = hooked(model("llama"), inputs, {site: put(..., slice(24, 32), new=values.mean(0)[24:])})
     CLOSE(got.ablated[0, 0], metric(expected))
 
 
 def test_padding_is_not_in_the_mean():
-    class Masked(nn.Module):
-        def forward(self, x, attention_mask):
-            return x * 2
-
     f, params = functionalize(Masked())
     x = torch.tensor([[[1.0], [2], [float("nan")]], [[3.0], [float("nan")], [float("nan")]]])
     batch = {"x": x, "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}
@@ -143,10 +140,29 @@ def test_resampling_takes_another_example():
 def test_resampling_from_a_reference_takes_one_example_at_all_sites():
     f, params = functionalize(nn.Sequential(nn.Identity(), nn.Identity()))
     reference = torch.arange(5.0)[:, None].expand(5, 3)
-    seen = ablate(f, params, X, sites="1", to="resample", reference=reference, axis=1, indices=[0, 2])
+    seen = ablate(f, params, X, sites="1", to="resample", reference=reference, axis=1, positions=[0, 2])
     assert (seen[:, 0] == seen[:, 2]).all() and seen[:, 1].equal(X[:, 1]) and set(seen[:, 0].tolist()) <= set(range(5))
     one = ablate(f, params, X, sites=["0", "1"], to="resample", reference=reference[3:4])
     assert (one == 3).all()
+
+
+class Masked(nn.Module):
+    def forward(self, x, attention_mask):
+        return x * 2
+
+
+def test_padding_is_not_drawn_for_a_token():
+    """The symptom: what stands at a padded position of one prompt went into the text of another."""
+    f, params = functionalize(Masked())
+    x, mask = torch.randn(2, 3, 1), torch.tensor([[1, 1, 1], [0, 1, 1]])
+    inputs, whole = {"x": x, "attention_mask": mask}, {"x": x, "attention_mask": torch.ones_like(mask)}
+    run = partial(ablate, f, params, sites=":out", to="resample")
+    for given, reference in ((inputs, None), (inputs, whole), (whole, inputs)):
+        with pytest.raises(errors.InputError, match=r"padded at different places, .* drawn at ':out' for a token of another"):
+            run(given, reference=reference)
+    got = run(inputs, axis=1, positions=[-1, 1])
+    assert torch.equal(got, 2 * torch.cat([x[:, :1], x.flip(0)[:, 1:]], 1))
+    assert torch.equal(run(whole), 2 * x.flip(0))
 
 
 def test_the_mean_over_all_examples_is_the_limit_of_resampling():
@@ -201,7 +217,9 @@ def test_the_sweep_is_ablate_at_each_place():
     sweep = ablation_effects(f, params, inputs, metric, sites=found.mlp, to=means, axis=1)
     for layer, site in enumerate(found.mlp):
         for token in range(6):
-            CLOSE(sweep.ablated[layer, token], metric(ablate(f, params, inputs, sites=site, to=means, axis=1, indices=[token])))
+            CLOSE(
+                sweep.ablated[layer, token], metric(ablate(f, params, inputs, sites=site, to=means, axis=1, positions=[token]))
+            )
 
 
 def test_under_vmap_and_gradients():
@@ -210,7 +228,7 @@ def test_under_vmap_and_gradients():
     run = lambda x: ablation_effects(f, params, x, lambda out: out[:, 0], sites="1", axis=-1).ablated  # noqa: E731
     CLOSE(vmap(run)(x), torch.stack([run(each) for each in x]))
     weights = params["2", "weight"][0]
-    slope = torch.func.grad(lambda x: ablate(f, params, x, sites="1", axis=-1, indices=[0])[:, 0].sum())(x[0])
+    slope = torch.func.grad(lambda x: ablate(f, params, x, sites="1", axis=-1, positions=[0])[:, 0].sum())(x[0])
     hidden = 1 - torch.tanh(x[0] @ params["0", "weight"].T + params["0", "bias"]).square()
     CLOSE(slope, (hidden * weights * torch.tensor([0.0, 1, 1, 1])) @ params["0", "weight"])
 
@@ -233,6 +251,17 @@ def test_dtypes(dtype):
         assert got.ablated.dtype == dtype and got.ablated.shape == (1, 4, 1)
 
 
+def test_means_over_many_draws_are_taken_in_float32():
+    """The symptom: in bfloat16 a mean over many samples stands still."""
+    f, params = identity()
+    x = torch.ones(1, 1).bfloat16()
+    options = {"sites": "0", "to": "resample", "reference": torch.tensor([[0.0], [2]]).bfloat16(), "samples": 1000}
+    generator = torch.Generator().manual_seed(0)
+    got = ablation_effects(f, params, x, lambda out: out[:, 0], generator=generator, **options)
+    assert abs(got.ablated.item() - 1) < 4 / 1000**0.5
+    torch.testing.assert_close(got.standard_error.float(), torch.tensor([[1 / 1000**0.5]]), rtol=0.01, atol=0)
+
+
 def test_nothing_of_the_caller_is_changed():
     f, params, inputs, found = named("bert")
     before = inputs["input_ids"].clone()
@@ -253,14 +282,15 @@ def test_nothing_of_the_caller_is_changed():
         ({"to": "resample", "reference": torch.ones(2, 5)}, errors.InputError, "examples of the same length"),
         ({"axis": 4}, errors.InputError, "axis=4 is out of range at '0'"),
         ({"axis": (0, 0)}, errors.InputError, r"axis=\(0, 0\) is no axis"),
-        ({"axis": -1, "indices": [3]}, errors.InputError, "indices has 3, out of range for 3 positions"),
-        ({"indices": [0]}, errors.InputError, r"indices=\[0\] count along an axis; give axis too"),
-        ({"axis": (0, 1), "indices": [[0]]}, errors.InputError, "indices has 1 entries for 2 axes"),
-        ({"axis": 1, "indices": []}, errors.InputError, "indices is empty"),
+        ({"axis": -1, "positions": [3]}, errors.InputError, "positions has 3, out of range for 3 positions"),
+        ({"positions": [0]}, errors.InputError, r"positions=\[0\] count along an axis; give axis too"),
+        ({"axis": (0, 1), "positions": [[0]]}, errors.InputError, "positions has 1 entries for 2 axes"),
+        ({"axis": 1, "positions": []}, errors.InputError, "positions is empty"),
         ({"sites": []}, errors.SiteError, "sites is empty"),
         ({"sites": {}}, errors.SiteError, "sites is empty"),
         ({"sites": [None]}, errors.SiteError, "sites holds None: tdhook.latent.names did not find"),
-        ({"sites": {"0": [0]}, "indices": [1], "axis": 1}, errors.InputError, "indices are given twice"),
+        ({"sites": {"0": [0]}, "positions": [1], "axis": 1}, errors.InputError, "positions are given twice"),
+        ({"sites": {"0": [0], "*": [1]}, "axis": 1}, errors.SiteError, "sites means '0' twice; give all positions of a site"),
         ({"sites": "9"}, errors.SiteError, "unknown site '9'"),
         ({"scale": -1.0}, errors.InputError, "scale is a number of at least 0"),
         ({"generator": 3}, errors.InputError, "generator is 3"),
@@ -278,6 +308,8 @@ def test_more_bad_input():
         ablate(f, params, X[:1], sites="0", to="resample")
     with pytest.raises(errors.InputError, match="samples=3, but only 'resample' and 'noise' are random"):
         ablation_effects(f, params, X, lambda out: out.sum(), sites="0", samples=3)
+    with pytest.raises(errors.SiteError, match="sites is a dict with '0'; give addresses alone"):
+        ablation_effects(f, params, X, lambda out: out.sum(), sites={"0": [0]}, axis=1)
     with pytest.raises(errors.TargetError, match="metric returned"):
         ablation_effects(f, params, X, lambda out: out, sites="0")
     with pytest.raises(errors.InputError, match="pad the prompts to one length, or take pooled=True"):

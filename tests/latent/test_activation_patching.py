@@ -105,6 +105,14 @@ def test_some_positions_also_counted_from_the_end():
     CLOSE(got.patched, by_hooks(model, clean, corrupted, difference, modules, [5, 2, 2]))
 
 
+@pytest.mark.parametrize("positions", [torch.tensor([-1, 2]), range(5, 1, -3), (5, 2)])
+def test_positions_come_in_any_sequence(positions):
+    model, clean, corrupted = language_model(zoo._gpt2)
+    f, params = functionalize(model)
+    run = partial(activation_patching, f, params, clean, corrupted, difference, sites="transformer.h.0")
+    assert torch.equal(run(positions=positions).patched, run(positions=[5, 2]).patched)
+
+
 def test_named_inputs_with_a_mask():
     model, clean, corrupted = language_model(zoo._llama)
     f, params = functionalize(model)
@@ -191,6 +199,21 @@ def test_the_result_is_a_tensorclass():
     got = activation_patching(f, params, torch.ones(1, 2), torch.zeros(1, 2), lambda out: out.sum(), sites="0")
     assert isinstance(got, Patching) and got.normalized.tolist() == [[0.5, 0.5]]
     assert got.double().patched.dtype == torch.float64
+
+
+def test_the_ratio_of_means_over_examples():
+    """Pairs with a gap of 1 and of 3: site 0 restores all of the first and none of the second."""
+    f, params = functionalize(nn.Sequential(nn.Identity()))
+    clean, corrupted = torch.tensor([[1.0, 0], [0, 3]]), torch.zeros(2, 2)
+    got = activation_patching(f, params, clean, corrupted, lambda out: out.sum(1), sites="0")
+    assert got.ratio_of_means.tolist() == [[0.25, 0.75]] and got.normalized.mean(-1).tolist() == [[0.5, 0.5]]
+    one = activation_patching(f, params, clean, corrupted, lambda out: out.sum(1).mean(), sites="0")
+    assert one.ratio_of_means.tolist() == [[0.25, 0.75]]
+    even = activation_patching(f, params, clean, clean.flip(1), lambda out: out[:, 0], sites="0")
+    assert even.ratio_of_means.tolist() == [[1, 0]]
+    none = activation_patching(f, params, clean[:, :1], clean[:, :1].flip(0), lambda out: out[:, 0], sites="0")
+    with pytest.raises(errors.InputError, match="run have the same metric"):
+        _ = none.ratio_of_means
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 4, 5, 100])
@@ -446,9 +469,17 @@ A, B = torch.ones(2, 3), torch.zeros(2, 3)
         ({"positions": [3]}, errors.InputError, "positions has 3, out of range for 3 positions at '0'"),
         ({"positions": [-4]}, errors.InputError, "positions has -4, out of range"),
         ({"positions": []}, errors.InputError, "positions is empty"),
+        ({"positions": 1}, errors.InputError, "positions has 1 of type int for one axis; give a sequence of integers"),
+        ({"positions": ["1"]}, errors.InputError, "positions has a list of 1 for one axis; give a sequence of integers"),
+        ({"positions": [True]}, errors.InputError, "give a sequence of integers"),
+        ({"positions": [0, 1], "axis": (0, 1)}, errors.InputError, "positions has 0 of type int for one axis"),
+        ({"positions": 1, "axis": (0, 1)}, errors.InputError, "positions has 1 entries for 2 axes"),
         ({"positions": [0], "axis": None}, errors.InputError, r"positions=\[0\] count along an axis; give axis too"),
         ({"axis": 2}, errors.InputError, "axis=2 is out of range at '0'"),
         ({"axis": -3}, errors.InputError, "axis=-3 is out of range at '0'"),
+        ({"axis": (1, -1)}, errors.InputError, r"axis=\(1, -1\) means one axis twice at '0'"),
+        ({"axis": 1.5}, errors.InputError, "axis=1.5 is no axis"),
+        ({"sites": {"0": [1]}}, errors.SiteError, "sites is a dict with '0'; give addresses alone"),
         ({"sites": ["0", "1"]}, errors.InputError, "positions=None needs the same length along axis at all sites"),
         ({"metric": lambda out: out}, errors.TargetError, r"metric returned a float32 tensor of shape \[2, 5\]"),
         ({"metric": lambda out: 1.0}, errors.TargetError, "metric returned 1.0 of type float"),

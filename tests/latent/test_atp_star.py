@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.func import vmap
 
 from tdhook import capture, functionalize, intervene, perturb
 from tdhook.core import errors
@@ -247,3 +248,94 @@ def test_the_drop_needs_two_layers():
     ids = torch.randint(30, (1, 4))
     with pytest.raises(errors.InputError, match="take gradient_drop=False"):
         atp_star(f, params, ids, ids, metric, names=names(f, params), sites="transformer.h.0.mlp", axis=1)
+
+
+def test_without_corrections_no_names_are_needed():
+    """The symptom: names of a transformer were looked for in any model."""
+    f, params = functionalize(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double())
+    run = (f, params, torch.randn(2, 3).double(), torch.randn(2, 3).double(), lambda out: out[:, 0])
+    options = {"sites": "0", "axis": -1}
+    got = atp_star(*run, query_key_fix=False, gradient_drop=False, **options)
+    CLOSE(got.effects, attribution_patching(*run, **options).effects)
+
+
+def test_a_patched_key_is_heard_by_its_group_and_by_later_tokens():
+    """Grouped keys with rotary positions: the pattern by hand, from the scores of the model."""
+    f, params, clean, corrupted, found = of("llama")
+    layout, pattern = found.key[1], found.pattern[1]
+    got = atp_star(f, params, clean, corrupted, metric, names=found, sites=found.key, gradient_drop=False)
+    assert got.effects.shape == (2, 6, 2, 2)
+    _, kept = capture(f, [pattern, layout.site])(params, corrupted)
+    there = capture(f, layout.site)(params, clean)[1][layout.site]
+    shift = torch.zeros_like(kept[pattern]).requires_grad_()
+    (slope,) = torch.autograd.grad(metric(perturb(f, pattern)(params, corrupted, {pattern: shift})).sum(), shift)
+    for token, head in ((2, 0), (4, 1)):
+        new = layout.split(kept[layout.site]).clone()
+        new[:, token, head] = layout.split(there)[:, token, head]
+        g = intervene(f, {layout.site: layout.merge(kept[layout.site], new)})
+        changed = capture(g, pattern)(params, corrupted)[1][pattern] - kept[pattern]
+        changes = changed.abs().sum((0, 3))  # heads, queries
+        assert (changes[[2 * head, 2 * head + 1], token:] > 1e-9).all()  # of a query at that token all weights share the sum
+        assert not changes[:, :token].any() and not changes[[h for h in range(4) if h // 2 != head]].any()
+        CLOSE(got.effects[1, token, head], (changed * slope).flatten(1).sum(1).detach())
+
+
+def pairs_of(name):
+    f, params, clean, corrupted, found = of(name)
+
+    def run(a, b):
+        sites = [found.query[0], found.query[1]]
+        return atp_star(f, params, {"input_ids": a}, {"input_ids": b}, metric, names=found, sites=sites).effects
+
+    return run, clean["input_ids"], corrupted["input_ids"]
+
+
+def test_pairs_one_by_one_under_vmap():
+    run, clean, corrupted = pairs_of("llama")
+    together = vmap(lambda a, b: run(a[None], b[None])[..., 0], out_dims=-1)(clean, corrupted)
+    CLOSE(together, run(clean, corrupted))
+
+
+@pytest.mark.compile
+def test_compiled():
+    torch._dynamo.reset()
+    run, clean, corrupted = pairs_of("llama")
+    CLOSE(torch.compile(run, fullgraph=True, backend="aot_eager")(clean, corrupted), run(clean, corrupted))
+
+
+def test_contributions_in_half_precision():
+    """The symptom: in bfloat16, where 301 is 302, they were off by more than their last digit."""
+    f, params, clean, corrupted, first = linear()
+    run = (f, params.bfloat16(), clean.bfloat16(), corrupted.bfloat16(), first)
+    got = subset_patching(*run, sites="0", axis=1, samples=700, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    subsets = torch.stack([torch.rand(1, 4, generator=generator) for _ in range(700)]) < 0.5
+    for node in range(4):
+        inside = subsets[:, 0, node]
+        a, b = got.effects[inside].double(), got.effects[~inside].double()
+        expected = a.mean(0) - b.mean(0), (a.var(0) / len(a) + b.var(0) / len(b)).sqrt()
+        for one, other in zip(got.contributions, expected):
+            torch.testing.assert_close(one[0, node], other.bfloat16(), rtol=2**-8, atol=1e-5)
+
+
+def test_all_subsets_weigh_alike():
+    """Contributions from the effects and the subsets themselves."""
+    run = linear()
+    got = subset_patching(*run, sites="0", axis=1, samples=50, probability=0.3, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    subsets = torch.stack([torch.rand(1, 4, generator=generator) for _ in range(50)]) < 0.3
+    for node in range(4):
+        inside = subsets[:, 0, node]
+        a, b = got.effects[inside], got.effects[~inside]
+        CLOSE(got.contributions.value[0, node], a.mean(0) - b.mean(0))
+        CLOSE(got.contributions.standard_error[0, node], (a.var(0) / len(a) + b.var(0) / len(b)).sqrt())
+
+
+@pytest.mark.compile
+def test_subsets_compiled():
+    torch._dynamo.reset()
+    f, params, clean, corrupted, first = linear()
+    run = lambda a, b: subset_patching(f, params, a, b, first, sites="0", axis=1, samples=300)  # noqa: E731
+    got = torch.compile(run, fullgraph=True, backend="aot_eager")(clean, corrupted)
+    exact = exact_effects(f, params, clean, corrupted, first, sites="0", axis=1)
+    assert ((got.contributions.value - exact).abs() < 5 * got.contributions.standard_error).all()

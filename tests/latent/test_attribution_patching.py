@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
@@ -287,7 +288,7 @@ def test_compiled(method):
         ({"axis": 5}, errors.InputError, "axis=5 is out of range"),
         ({"positions": [8]}, errors.InputError, "positions has 8, out of range"),
         ({"direction": "both"}, errors.InputError, "direction='both' is unknown"),
-        ({"exact": -1}, errors.InputError, "exact is how many effects to measure"),
+        ({"exact": -1}, errors.InputError, "exact is an integer of at least 0, got -1"),
         ({"corrupted": torch.ones(5, 2).double()}, errors.InputError, "patching needs aligned inputs"),
         ({"chunk_size": 0}, errors.InputError, "chunk_size is an integer"),
         ({"metric": lambda out: out}, errors.TargetError, "metric returned"),
@@ -309,3 +310,124 @@ def test_more_bad_input():
         run(along="*")
     with torch.no_grad(), pytest.raises(errors.GradientError, match="integrated_gradient_patching needs gradients"):
         run()
+
+
+def test_the_points_of_eap_ig_and_of_sparse_feature_circuits():
+    """EAP-IG, nodes: k / m from the corrupted embedding, k = 1 .. m; edges: k = 0 .. m - 1; both score what corrupting does."""
+    f, params, clean, corrupted, _ = of("llama")
+    net, embedding, site = model("llama"), "model.embed_tokens", "model.layers.0.mlp"
+    a, b = (values_of(net, each, [embedding, site]) for each in (clean, corrupted))
+    for quadrature, ks in (("riemann_left", (1, 2, 3)), ("riemann_right", (0, 1, 2))):
+        slope = torch.zeros_like(a[site])
+        for k in ks:
+            kept = []
+            point = b[embedding] + k / 3 * (a[embedding] - b[embedding])
+            handles = [
+                net.get_submodule(embedding).register_forward_hook(lambda m, i, o, point=point: point),
+                net.get_submodule(site).register_forward_hook(lambda m, i, o, kept=kept: kept.append(o) or o),
+            ]
+            slope = slope + torch.autograd.grad(metric(net(**clean)).sum(), kept)[0] / 3
+            for handle in handles:
+                handle.remove()
+        got = integrated_gradient_patching(
+            f, params, clean, corrupted, metric, sites=site, along=embedding, direction="noise", steps=3, quadrature=quadrature
+        )
+        CLOSE(got.effects[0], ((b[site] - a[site]) * slope).sum(-1).T)
+
+
+def test_along_a_site_that_is_not_before_the_others():
+    """The symptom: the line overwrote what came before, and the sites there got no gradient and effects of zero."""
+    f, params, clean, corrupted, found = of("gpt2")
+    run = partial(integrated_gradient_patching, f, params, clean, corrupted, metric)
+    with pytest.raises(errors.SiteError, match=r"along='transformer.h.1' is reached after 'transformer.h.0.mlp'"):
+        run(sites=found.mlp, along="transformer.h.1")
+    with pytest.raises(errors.InputError, match=r"along='transformer.wte:in' holds a int64 tensor"):
+        run(sites=found.mlp, along="transformer.wte:in")
+    with pytest.raises(errors.SiteError, match="along is one site, got 2"):
+        run(sites=found.mlp, along=["transformer.wte", "transformer.h.0"])
+    # written in another way it is the same site
+    CLOSE(
+        run(sites="transformer.h.0", along="transformer.h[0]:out", steps=3).effects,
+        run(sites="transformer.h.0", steps=3).effects,
+    )
+
+
+def test_a_shared_module_by_its_second_name():
+    """The symptom: the line was written over the shift at which the gradient is taken."""
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(3, 3)
+            self.b, self.last = self.a, nn.Linear(3, 1)
+
+        def forward(self, x):
+            return self.last(self.a(x).tanh())[:, 0]
+
+    f, params = functionalize(Shared().double())
+    clean, corrupted = torch.randn(2, 3).double(), torch.randn(2, 3).double()
+    run = partial(integrated_gradient_patching, f, params, clean, corrupted, lambda out: out, axis=-1, sites="a")
+    CLOSE(run(along="b").effects, run().effects)
+    assert run().effects.abs().min() > 1e-8
+
+
+def test_in_half_precision_many_steps_add_up():
+    """The symptom: in bfloat16 a running sum stopped growing, so that the result depended on chunk_size: 0.25 for 0.41."""
+    f, params = functionalize(nn.Sequential(nn.Identity(), nn.Linear(3, 1, bias=False)).bfloat16())
+    clean, corrupted = torch.ones(2, 3).bfloat16(), torch.zeros(2, 3).bfloat16()
+    run = (f, params, clean, corrupted, lambda out: out[:, 0])
+    plain = attribution_patching(*run, sites="0", axis=-1).effects
+    for quadrature in ("riemann_left", "gauss_legendre"):
+        got = integrated_gradient_patching(*run, sites="0", axis=-1, steps=500, quadrature=quadrature, chunk_size=1)
+        assert got.effects.dtype == torch.bfloat16
+        torch.testing.assert_close(got.effects, plain, rtol=4e-3, atol=0)
+
+
+def test_values_that_have_no_row_for_each_example():
+    """The symptom: the rows of tokens were taken for examples."""
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.flat, self.last = nn.Flatten(0, 1), nn.Linear(3, 1)
+
+        def forward(self, x):
+            return self.last(self.flat(x)).view(x.shape[:2]).sum(1)
+
+    f, params = functionalize(Tokens())
+    run = (f, params, torch.ones(2, 5, 3), torch.zeros(2, 5, 3))
+    for method in METHODS:
+        with pytest.raises(errors.SiteError, match="which is not one row for each of 2 examples"):
+            method(*run, lambda out: out, sites="flat", axis=-1)
+        assert method(*run, lambda out: out.sum(), sites="flat", axis=0).effects.shape == (1, 10)
+
+
+def test_a_site_of_integers():
+    f, params, clean, corrupted, _ = of("gpt2")
+    for method in METHODS:
+        with pytest.raises(errors.InputError, match=r"sites has 'transformer.wte:in', which holds a int64 tensor"):
+            method(f, params, clean, corrupted, metric, sites="transformer.wte:in")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_largest_cannot_be_seen_under_vmap(method):
+    f, params, clean, corrupted = small()
+    run = lambda a, b: method(f, params, a, b, lambda out: out[..., 0], sites="0", axis=-1, exact=1).effects  # noqa: E731
+    with pytest.raises(errors.InputError, match="under vmap and compilation give exact=0"):
+        vmap(run)(clean, corrupted)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_left_padding_does_not_matter(name):
+    _, _, clean, corrupted, found = of(name)
+    f, params = functionalize(copy.deepcopy(model(name)).float(), use_cache=False)  # Llama takes its softmax in float32
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[0, :2] = 0
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    padded = [{**each, "attention_mask": mask, "position_ids": position_ids} for each in (clean, corrupted)]
+    cut = [{"input_ids": each["input_ids"][:1, 2:]} for each in (clean, corrupted)]
+    for method in (attribution_patching, integrated_gradient_patching, atp_star):
+        options = {"sites": found.query, "axis": (1, 2), **({"names": found} if method is atp_star else {})}
+        both, one = method(f, params, *padded, metric, **options), method(f, params, *cut, metric, **options)
+        torch.testing.assert_close(both.effects[:, 2:, :, :1], one.effects, rtol=1e-3, atol=1e-5)
+        assert one.effects.abs().max() > 1e-3 and both.effects[:, :2, :, 0].abs().max() < 1e-6

@@ -118,6 +118,17 @@ def test_sigma_in_place_of_the_spread_of_the_embeddings():
     CLOSE(other, trace_of("gpt2", sigma=0.25, noise=2.0).restored.value)
 
 
+def test_the_spread_of_many_numbers_of_a_short_type():
+    """The symptom: in float16 a sum over more than 65,504 numbers is infinite, and the noise was zero."""
+    f, params = functionalize(nn.Sequential(nn.Identity(), nn.Identity()))
+    x = 0.5 * torch.randn(1, 2, 40_000, generator=torch.Generator().manual_seed(0)).half()
+    spread = lambda out: (out - x).float().std().reshape(1)  # noqa: E731
+    got = causal_trace(f, params, x, spread, embedding="0", subject=[0, 1], sites="1", noise=2.0, samples=2, positions=[0])
+    torch.testing.assert_close(got.corrupted.value, torch.tensor([1.0]), rtol=0.02, atol=0)
+    with pytest.raises(errors.InputError, match=r"the embedding of the subject is one number, .* give sigma"):
+        causal_trace(f, params, x[:, :, :1], spread, embedding="0", subject=[0], sites="1")
+
+
 def test_draws_depend_on_the_generator_alone():
     state = torch.get_rng_state()
     first = trace_of("gpt2")
@@ -149,6 +160,9 @@ def test_one_head_restored_and_progress():
         ({"noise": -1.0}, errors.InputError, "noise is a number of at least 0"),
         ({"sigma": "one"}, errors.InputError, "sigma is a number"),
         ({"embedding": "transformer.*"}, errors.SiteError, "embedding takes exact sites"),
+        ({"embedding": ["transformer.wte", "transformer.wpe"]}, errors.SiteError, "embedding has 2 sites; give the one"),
+        ({"subject": [True, False]}, errors.InputError, r"subject=\[True, False\] are no indices of 6 tokens"),
+        ({"subject": 2}, errors.InputError, "subject=2 are no indices of 6 tokens"),
         ({"positions": [7]}, errors.InputError, "positions has 7, out of range"),
     ],
 )

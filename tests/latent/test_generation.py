@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.func import vmap
 
 import tdhook
 from tdhook.core.errors import InputError
 from tdhook.latent.generation import Generation, generate
-from tdhook.latent.generation.sampling import keep_top_k, keep_top_p
+from tdhook.latent.generation.sampling import draw, keep_top_k, keep_top_p
 from tdhook.latent.steering import add, at, by_step, clamp, in_order, project_out, replace_component
 
 from .families import ENDS, GROUPED, model, named, plain
@@ -354,6 +355,7 @@ def test_bad_requests_say_what_to_give() -> None:
         (IDS[0], r"input_ids is .*\[6\]; give token ids, an integer tensor \[B, L\]"),
         (IDS.double(), "input_ids is a float64 tensor"),
         (IDS[:, :0], r"input_ids is .*\[3, 0\]"),
+        (IDS[:0], r"input_ids is .*\[0, 6\]; give token ids"),
         ({"tokens": IDS, "mask": MASK}, "one of them has to be called 'input_ids'"),
         ({"input_ids": IDS, "past_key_values": None}, "give the whole prompt"),
         ({"input_ids": IDS, "attention_mask": MASK.flip(1)}, "pad on the left"),
@@ -377,6 +379,8 @@ def test_bad_requests_say_what_to_give() -> None:
         ({"cache": "yes"}, "cache is 'yes'"),
         ({"position_limit": 0}, "position_limit"),
         ({"key": "scores"}, "which has no 'scores'; give key"),
+        ({"logits_processor": 3}, "logits_processor is 3"),
+        ({"logits_processor": lambda tokens, logits: logits[0]}, r"logits_processor returned .*return logits \[B, V\]"),
     ]:
         with pytest.raises(InputError, match=message):
             generate(f, params, IDS, **{"max_new_tokens": 2, **options})
@@ -385,7 +389,7 @@ def test_bad_requests_say_what_to_give() -> None:
     with pytest.raises(InputError, match="the model takes no past_key_values"):
         generate(flat, table, IDS % 30, max_new_tokens=2, cache=True)
     with pytest.raises(InputError, match="has no past_key_values; give cache=False"):
-        generate(lambda p, x: torch.ones(3, 1, 4), {}, IDS, max_new_tokens=2, cache=True)
+        generate(lambda p, x: torch.ones(3, 1, 4), {}, {"input_ids": IDS}, max_new_tokens=2, cache=True)
     with pytest.raises(InputError, match=r"the logits are .*; a language model returns \[B, S, V\]"):
         generate(lambda p, x: torch.ones(3, 4), {}, IDS, max_new_tokens=2)
     with pytest.raises(InputError, match="positions has 7, out of range for 6 positions and 1 after it"):
@@ -406,3 +410,117 @@ def test_nested_captures_are_kept_apart() -> None:
     result = generate(tdhook.capture(write, LAYER), params, IDS, max_new_tokens=2)
     after, before = result.captured[1]
     torch.testing.assert_close(after[LAYER], (before[LAYER] + D).float())
+
+
+@pytest.mark.parametrize("processor", ["repetition", "repeated words", "both"])
+def test_processors_of_logits_are_those_of_transformers(processor: str) -> None:
+    from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
+
+    f, params = llama()
+    told = {"repetition": {"repetition_penalty": 1.8}, "repeated words": {"no_repeat_ngram_size": 2}}
+    made = {"repetition": RepetitionPenaltyLogitsProcessor(1.8), "repeated words": NoRepeatNGramLogitsProcessor(2)}
+    names = list(made) if processor == "both" else [processor]
+    function = LogitsProcessorList([made[name] for name in names])
+    inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    expected = reference(single("llama"), inputs, 12, **{key: value for name in names for key, value in told[name].items()})
+    free, result = (generate(f, params, IDS, max_new_tokens=12, logits_processor=each) for each in (None, function))
+    assert torch.equal(result.tokens, expected) and not torch.equal(free.tokens, expected)
+    logits = f(params, result.tokens).logits[:, 5:-1]  # as they were before
+    expected = logits.log_softmax(-1).gather(-1, result.tokens[:, 6:, None])[..., 0]
+    torch.testing.assert_close(result.log_probabilities, expected)
+
+
+def test_a_processor_that_writes_in_place_changes_the_choice_and_nothing_else() -> None:
+    def processor(tokens: Tensor, logits: Tensor) -> Tensor:
+        logits[:, tokens[0, -1] + 1] = -torch.inf
+        return logits
+
+    table = torch.eye(6).roll(1, 1)
+    ids = torch.tensor([[0, 1]])
+    result = generate(lambda p, x: p[x], table, ids, max_new_tokens=1, logits_processor=processor)
+    assert result.tokens.tolist() == [[0, 1, 0]] and torch.equal(table, torch.eye(6).roll(1, 1))
+    torch.testing.assert_close(result.log_probabilities, table[1].log_softmax(-1)[:1, None])
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_draws_of_a_vmap(randomness: str) -> None:
+    """Of equal prompts, or of equal beginnings that are steered later, the same draws or different ones."""
+    f, params = llama()
+
+    def of_prompt(ids: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return generate(f, params, ids[None], max_new_tokens=6, temperature=2.0, generator=generator).tokens[0]
+
+    def later(strength: Tensor) -> Tensor:
+        steered = tdhook.intervene(f, {LAYER: add(D, strength, positions="generated")})
+        return generate(steered, params, IDS[:1], max_new_tokens=6, temperature=2.0).tokens[0]
+
+    count = 1 if randomness == "same" else 5
+    assert len(vmap(of_prompt, randomness=randomness)(IDS[:1].expand(5, -1)).unique(dim=0)) == count
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tokens = vmap(later, randomness=randomness)(torch.zeros(5))
+    assert len(tokens.unique(dim=0)) == count
+
+
+def test_draws_that_a_vmap_forbids_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="randomness"):
+        vmap(lambda scale: draw(torch.ones(2, 3) * scale, None))(torch.ones(4))
+
+
+def test_types_of_tokens_go_on_with_the_last() -> None:
+    """GPT-2 adds the embedding of the type: types of another length than the tokens would be spread over the batch."""
+    f, params = tdhook.functionalize(single("gpt2"))
+    types = torch.tensor([[7, 7, 8, 8, 9, 9], [7, 8, 9, 7, 8, 3], [4, 4, 4, 4, 4, 4]])
+    inputs = {**PADDED, "token_type_ids": types}
+    expected = reference(single("gpt2"), inputs, 6)
+    for result in both(f, params, inputs, max_new_tokens=6):
+        assert torch.equal(result.tokens, expected)
+    assert not torch.allclose(
+        result.log_probabilities, generate(f, params, PADDED, max_new_tokens=6).log_probabilities, atol=1e-3
+    )
+    with pytest.raises(InputError, match=r"token_type_ids is .*\[3, 5\] for token ids of shape \[3, 6\]"):
+        generate(f, params, {**PADDED, "token_type_ids": types[:, 1:]}, max_new_tokens=2)
+
+
+def test_prompts_in_a_tensordict_whose_batch_size_counts_positions() -> None:
+    f, params = llama()
+    expected = generate(f, params, PADDED, max_new_tokens=4)
+    for size in ([], [3], [3, 6]):
+        for result in both(f, params, TensorDict(PADDED, batch_size=size), max_new_tokens=4):
+            same(result, expected)
+
+
+def test_a_plain_function_around_a_model() -> None:
+    """It cannot be asked what it takes, so that a cache that it would not be given is refused."""
+    f, params = llama()
+    expected = generate(f, params, IDS, max_new_tokens=5)
+    same(generate(lambda p, x: f(p, x), params, IDS, max_new_tokens=5), expected)
+    for cached in (True, False, None):
+        same(generate(lambda p, x: f(p, x), params, {"input_ids": IDS}, max_new_tokens=5, cache=cached), expected)
+    with pytest.raises(InputError, match="cache=True, but a cache goes along by name"):
+        generate(lambda p, x: f(p, x), params, IDS, max_new_tokens=5, cache=True)
+
+
+def test_logits_that_are_no_numbers_are_refused() -> None:
+    f, params = llama()
+    steered = tdhook.intervene(f, {LAYER: at("generated", lambda value: value * torch.nan)})
+    with pytest.raises(InputError, match="the logits of prompt 0 at step 1 hold NaN"):
+        generate(steered, params, IDS, max_new_tokens=4)
+    table = torch.zeros(5, 5)
+    table[1] = torch.nan
+    table[0, 1] = 1.0  # a prompt that has ended is of no interest
+    result = generate(lambda p, x: p[x], table, torch.tensor([[0], [2]]), max_new_tokens=3, stop=1)
+    assert result.tokens.tolist()[0] == [0, 1, 1, 1] and result.lengths.tolist() == [1, 2]
+
+
+def test_positions_that_never_come_are_refused_before_anything_is_run() -> None:
+    f, params = llama()
+
+    def never(value: Tensor) -> Tensor:
+        raise AssertionError
+
+    for positions in ([7], torch.ones(9, dtype=torch.bool)):
+        steered = tdhook.intervene(f, {"model.embed_tokens": never, LAYER: add(D, positions=positions)})
+        with pytest.raises(InputError, match=r"positions (has 7, out of range|is a mask of 9 positions)"):
+            generate(steered, params, IDS, max_new_tokens=2)

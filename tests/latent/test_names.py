@@ -68,6 +68,7 @@ def test_every_site_exists_and_the_numbers_are_those_of_the_family(name: str, at
         "pattern",
         "residual_mid",
         "final_norm",
+        "final_scale",
         "unembedding",
         "token_embedding",
     }
@@ -239,6 +240,7 @@ def test_a_transformer_without_linear_modules() -> None:
     assert found.query[0] == HeadLayout("1/matmul@0", (0, 1, 2), 4, 3) and found.key[0].starts == (12, 13, 14)
     assert found.head_output[1].site == "2/linear@0:in" and found.head_output[1].starts == (0, 4, 8)
     assert (found.unembedding.weight, found.final_norm, found.token_embedding) == ("4.weight", "3", "0.weight")
+    assert (found.norm, found.attention_norm[1], found.mlp_norm[1]) == ("pre", "2/layer_norm@0", "2/layer_norm@1")
     assert found.output_projection[0].weight == "1.out" and found.output_projection[0].transposed is False
     before, attended, computed, after = read(f, params, ids, "2:in", found.attention[1], found.mlp[1], "2")
     torch.testing.assert_close(before + attended + computed, after)
@@ -291,7 +293,7 @@ def test_the_encoder_of_torch(first: bool) -> None:
     x = torch.randn(2, 5, 12, dtype=torch.float64)
     found = names(f, params, x)
     assert (found.head_count, found.norm) == (3, "pre" if first else "post")
-    assert found.head_output == (None, None)
+    assert found.head_output == found.output_projection == (None, None)
     with pytest.raises(SiteError, match="head_output of layer 0 was not found: torch computes this attention inside"):
         found.require("head_output", 0)
     before, attended, middle = read(f, params, x, found.residual_pre[1], found.attention[1], found.residual_mid[1])
@@ -313,7 +315,12 @@ def test_of_two_stacks_one_has_to_be_chosen() -> None:
     f, params = tdhook.functionalize(T5ForConditionalGeneration(T5Config(**config)).eval(), use_cache=False)
     with pytest.raises(SiteError, match=r"several stacks of blocks: 'encoder.block.\*', 'decoder.block.\*'; say which"):
         names(f, params)
+    encoder = names(f, params, blocks="encoder.block.*")
+    assert encoder.unembedding is None and encoder.final_norm == "encoder.final_layer_norm"
+    with pytest.raises(SiteError, match="unembedding was not found: attention stands between the last block and the output"):
+        encoder.require("unembedding")
     found = names(f, params, blocks="decoder.block.*")
+    assert found.unembedding.weight == "shared.weight"
     inputs = {"input_ids": torch.ones(2, 7, dtype=torch.long), "decoder_input_ids": torch.ones(2, 3, dtype=torch.long)}
     cross = found.others[1]
     assert cross == ("decoder.block.1.layer.1.EncDecAttention:out[0]",)
@@ -328,6 +335,9 @@ def test_what_is_given_takes_the_place_of_what_is_found() -> None:
     again = names(f, params, inputs, blocks="transformer.h.*", heads=4, **given)
     expected = tuple(f"transformer.h.{layer}.attn.c_proj" for layer in range(2))
     assert again == replace(found, attention=expected)
+    normed = names(f, params, inputs, attention="transformer.h.*.ln_2", final_norm="transformer.h.1.ln_1")
+    assert normed.attention_is_projection == (False, False)
+    assert normed.final_scale.operation == "transformer.h.1.ln_1/layer_norm"
     sites = {"query": "transformer.h.*.ln_1", "head_output": "transformer.h.*.attn.c_proj:in"}
     assert names(f, params, inputs, heads=2, **sites).head_output[0].starts == (0, 16)
 
@@ -351,6 +361,135 @@ def test_in_train_mode_the_pattern_is_read_after_dropout() -> None:
     training = names(f, params)
     assert training.pattern[0] == "transformer.h.0.attn/dropout"
     assert replace(training, pattern=found.pattern) == found
+
+
+class Joined(nn.Module):
+    """A block with separate projections that mixes tokens in one of the ways in which people write it."""
+
+    def __init__(self, way: str, heads: int, width: int = 12):
+        super().__init__()
+        self.way, self.heads, self.norm = way, heads, nn.LayerNorm(width)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        q, k, v = self.q(normed), self.k(normed), self.v(normed)
+        first, second = x.shape[:2]
+        if self.way == "one head, fused":
+            return x + self.o(nn.functional.scaled_dot_product_attention(q, k, v))
+        if self.way == "einsum":
+            q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (q, k, v))
+            pattern = torch.einsum("bqhd,bkhd->bhqk", q, k).softmax(-1)
+            return x + self.o(torch.einsum("bhqk, bkhd -> bqhd", pattern, v).flatten(2))
+        if self.way == "batch first":
+            q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2).flatten(0, 1) for t in (q, k, v))
+            z = torch.bmm(torch.bmm(q, k.mT).softmax(-1), v).view(first, self.heads, second, -1).transpose(1, 2)
+            return x + self.o(z.flatten(2))
+        q, k, v = (t.reshape(first, second * self.heads, -1).transpose(0, 1) for t in (q, k, v))
+        return x + self.o(torch.bmm(torch.bmm(q, k.mT).softmax(-1), v).transpose(0, 1).reshape(x.shape))
+
+
+JOINED = [
+    ("one head, fused", 1),
+    ("einsum", 3),
+    ("einsum", 4),
+    ("batch first", 3),
+    ("sequence first", 3),
+    ("sequence first", 4),
+]
+
+
+@pytest.mark.parametrize(("way", "heads"), JOINED)
+@pytest.mark.parametrize("width", [12, 16, 9])
+def test_heads_however_they_are_joined(way: str, heads: int, width: int) -> None:
+    if width % heads:
+        return
+    torch.manual_seed(0)
+    f, params = tdhook.functionalize(nn.Sequential(Joined(way, heads, width), Joined(way, heads, width)).double())
+    x = torch.randn(2, 5, width, dtype=torch.float64)
+    found = names(f, params, x)
+    expected = HeadLayout("0.q", tuple(range(0, width, width // heads)), width // heads)
+    assert found.head_count == heads
+    assert found.query[0] == expected and found.value[0] == replace(expected, site="0.v")
+    assert found.head_output[0] == replace(expected, site="0.o:in")
+
+
+def test_a_whole_encoder_that_is_a_numbered_module_is_no_block() -> None:
+    layer = nn.TransformerEncoderLayer(12, 3, 20, batch_first=True, norm_first=True)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    f, params = tdhook.functionalize(nn.Sequential(nn.Embedding(30, 12), encoder, nn.Linear(12, 30)).eval())
+    assert names(f, params, torch.ones(2, 5, dtype=torch.long)).blocks == ("1.layers.0", "1.layers.1")
+
+
+class Around(nn.Module):
+    def __init__(self, change: Any):
+        super().__init__()
+        self.block, self.change = PlainBlock(), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(self.block(x))
+
+
+@pytest.mark.parametrize("change", [lambda x: x * 0.5, nn.Linear(12, 12), torch.tanh])
+def test_a_stream_that_is_not_passed_on_as_it_is_is_no_sum(change: Any) -> None:
+    f, params = tdhook.functionalize(nn.Sequential(Around(change), Around(change)))
+    found = names(f, params, torch.randn(2, 5, 12))
+    assert found.attention == found.mlp == (None, None)
+    with pytest.raises(
+        SiteError, match=r"the residual stream of '0' goes through '.*/(mul|linear|tanh)(@0)?', which is no sum"
+    ):
+        found.require("attention", 0)
+
+
+class ByHand(nn.Module):
+    """A norm in elementary operations, as lessons have it."""
+
+    def __init__(self, root: str):
+        super().__init__()
+        self.root, self.weight, self.bias = root, nn.Parameter(torch.randn(12)), nn.Parameter(torch.randn(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        variance = centred.square().mean(-1, keepdim=True) + 1e-5
+        scale = {"sqrt": lambda: 1 / variance.sqrt(), "pow": lambda: variance**-0.5, "std": lambda: 1 / x.std(-1, keepdim=True)}
+        return centred * scale[self.root]() * self.weight + self.bias
+
+
+class Lesson(nn.Module):
+    def __init__(self, root: str, tokens: int):
+        super().__init__()
+        self.positions, self.tokens = nn.Embedding(9, 12), nn.Parameter(torch.randn(tokens, 12))
+        self.blocks = nn.ModuleList([Joined("einsum", 3), Joined("einsum", 3)])
+        for block in self.blocks:
+            block.norm = ByHand(root)
+        self.final, self.unembed = ByHand(root), nn.Linear(12, tokens)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.positions(torch.arange(ids.shape[1])) + self.tokens[ids]
+        for block in self.blocks:
+            x = block(x)
+        return self.unembed(self.final(x))
+
+
+@pytest.mark.parametrize("root", ["sqrt", "pow", "std"])
+@pytest.mark.parametrize("tokens", [30, 12])  # 12: as many as features
+def test_norms_and_tables_by_hand(root: str, tokens: int) -> None:
+    f, params = tdhook.functionalize(Lesson(root, tokens))
+    found = names(f, params, torch.zeros(2, 5, dtype=torch.long))
+    assert (found.norm, found.final_norm, found.attention_norm[1]) == ("pre", "final", "blocks.1.norm")
+    assert found.final_scale.written_out and found.final_scale.operation.startswith(f"final/{root}")
+    assert (found.token_embedding, found.unembedding.weight, found.logits) == ("tokens", "unembed.weight", ":out")
+
+
+def test_of_several_outputs_the_first_has_the_logits() -> None:
+    from transformers import BertForPreTraining
+
+    f, params = tdhook.functionalize(BertForPreTraining(model("bert").config).eval())
+    found = names(f, params)
+    assert found.logits == ":out[prediction_logits]" and found.unembedding.weight.endswith("word_embeddings.weight")
+    f, params, inputs, found = named("gpt2")
+    with_loss = names(f, params, {**inputs, "labels": inputs["input_ids"]})
+    assert with_loss == found  # the loss comes first
 
 
 def test_blocks_without_numbers_are_given_by_name() -> None:
@@ -389,6 +528,15 @@ def test_heads_merge_to_what_was_split() -> None:
         assert torch.equal(zeroed == 0, (torch.arange(14)[:, None] == layout.features().flatten()).any(1).expand(2, 5, 14))
 
 
+def test_merged_heads_broadcast() -> None:
+    value = torch.randn(2, 5, 8)
+    for layout in (HeadLayout("a", (0, 4), 4), HeadLayout("a", (0, 1), 4, 2), HeadLayout("a", (1, 5), 2)):
+        heads = torch.randn(2, layout.size)
+        assert torch.equal(layout.split(layout.merge(value, heads)), heads.expand(2, 5, *heads.shape))
+        with pytest.raises(InputError, match=r"shape \[3, 2, \d\], which does not broadcast to value"):
+            layout.merge(value, heads.expand(3, *heads.shape))
+
+
 def test_nothing_of_the_caller_is_changed() -> None:
     net = model("llama")
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
@@ -417,12 +565,22 @@ def test_bad_requests_say_what_to_give() -> None:
         names(f, params, inputs, heads=2)
     with pytest.raises(SiteError, match=r"'transformer.ln_f' is no module that applies one linear map"):
         names(f, params, inputs, unembedding="transformer.ln_f")
-    with pytest.raises(SiteError, match="none of these modules ran and returned a value of the shape that it got"):
-        names(f, params, inputs, blocks="transformer.wte")
+    with pytest.raises(SiteError, match=r"blocks has 'transformer.wte', which never ran, or returned no value of"):
+        names(f, params, inputs, blocks=["transformer.h.0", "transformer.wte"])
     with pytest.raises(InputError, match="heads"):
         names(f, params, inputs, heads=0)
     with pytest.raises(SiteError, match="layer 2 is out of range; the model has 2 blocks"):
         found.require("attention", 2)
+    with pytest.raises(InputError, match=r"'atention' is no entry of Names\. Did you mean 'attention'"):
+        found.require("atention")
+    with pytest.raises(InputError, match="final_norm is one for the whole model; leave out layer=0"):
+        found.require("final_norm", 0)
+    with pytest.raises(SiteError, match="pattern was not found: a fused kernel never forms it"):
+        named("gpt2", "sdpa")[3].require("pattern")
+    with pytest.raises(SiteError, match=r"final_scale was not found: no norm reads the last residual\.$"):
+        named("bert")[3].require("final_scale")
+    with pytest.raises(InputError, match="'attention' has no heads; choose from query, key, value, head_output"):
+        found.split_heads(torch.ones(2, 32), 0, "attention")
     with pytest.raises(InputError, match=r"heads reach up to feature 31"):
         found.split_heads(torch.ones(2, 16), 0)
     with pytest.raises(InputError, match=r"holds \[..., 4, 8\]"):

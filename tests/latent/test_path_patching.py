@@ -230,6 +230,10 @@ def test_progress_and_chunks():
     [
         ({"senders": "x"}, errors.SiteError, "unknown site 'x'"),
         ({"receivers": []}, errors.SiteError, "receivers is empty"),
+        ({"receivers": {}}, errors.SiteError, "receivers is empty"),
+        ({"through": [{}]}, errors.SiteError, "through is empty"),
+        ({"through": "b"}, errors.InputError, "through is 'b'.*; give a list of stages"),
+        ({"through": {"b": [0]}, "receiver_axis": 1}, errors.InputError, "give a list of stages"),
         ({"receivers": "y:in"}, errors.SiteError, "unknown site 'y:in'"),
         ({"through": ["z"]}, errors.SiteError, "unknown site 'z'"),
         ({"frozen": "x"}, errors.SiteError, "unknown site 'x'"),
@@ -247,3 +251,86 @@ def test_bad_input(small, options, error, message):
     given = {"clean": clean, "corrupted": corrupted, "metric": total, "senders": "a", "receivers": "b:in", "frozen": "c"}
     with pytest.raises(error, match=message):
         path_patching(f, params, **{**given, **options})
+
+
+def test_heads_alone_are_held_as_in_the_paper():
+    """Wang et al., appendix B: MLPs are part of the direct path, so they are computed anew."""
+    f, params, inputs, found = named("gpt2")
+    clean, corrupted = pair(inputs)
+    got = path_patching(
+        f, params, clean, corrupted, metric, senders=found.head_output[0], axis=-2, receivers=found.residual_post[-1],
+        frozen=found.head_output, direction="noise",
+    )  # fmt: skip
+    net, first, second = model("gpt2"), *(f"transformer.h.{layer}.attn.c_proj:in" for layer in range(2))
+    sent, kept = values_of(net, corrupted, [first])[first], values_of(net, clean, [second])[second]
+    for head in range(4):
+
+        def send(value, head=head):
+            value[..., 8 * head : 8 * head + 8] = sent[..., 8 * head : 8 * head + 8]
+            return value
+
+        CLOSE(got.patched[0, head], metric(hooked(net, clean, {first: send, second: lambda value: kept})[0]))
+
+
+def test_what_is_held_around_a_sender_is_an_error_unless_a_receiver_lies_inside():
+    """The symptom: heads as senders with attention held had no effect at all."""
+    f, params, inputs, found = named("llama")
+    clean, corrupted = pair(inputs)
+    run = partial(path_patching, f, params, clean, corrupted, metric, frozen=[*found.attention, *found.mlp], axis=-2)
+    last = found.residual_post[-1]
+    with pytest.raises(errors.SiteError, match=r"frozen holds 'model.layers.0.self_attn:out.0.', inside of which"):
+        run(senders=found.head_output, receivers=last)
+    with pytest.raises(errors.SiteError, match=r"inside of which 'model.layers.1.self_attn.o_proj:in' sends"):
+        run(senders=found.query[1], through=[{found.head_output[1]: None}], receivers=last)
+    inside = run(senders=found.query[1], receivers={found.head_output[1]: None})
+    assert (inside.patched[0] - inside.corrupted).abs().max() > 1e-8
+
+
+def test_nothing_runs_behind_the_last_receiver_of_a_stage():
+    runs = []
+
+    class Part(nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            self.name, self.linear = name, nn.Linear(3, 3)
+
+        def forward(self, x):
+            runs.append(self.name)
+            return self.linear(x)
+
+    f, params = functionalize(nn.Sequential(*map(Part, "abcd")))
+    clean, corrupted = torch.ones(1, 3), torch.zeros(1, 3)
+    path_patching(f, params, clean, corrupted, torch.sum, senders="0", receivers="2:in", frozen=[])
+    assert "".join(runs) == "abcd" * 2 + "b" + "cd"
+
+
+def test_left_padding_and_several_receivers():
+    f, params, inputs, found = named("gpt2")
+    clean, corrupted = pair(inputs)
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[0, :2] = 0
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    padded = [{**each, "attention_mask": mask, "position_ids": position_ids} for each in (clean, corrupted)]
+    options = {
+        "senders": found.head_output[0], "axis": -2, "receiver_axis": -2, "frozen": [*found.head_output, *found.mlp],
+        "receivers": {found.query[1]: [2], found.key[1]: [1], found.value[1]: [0, 3]},
+    }  # fmt: skip
+    both = path_patching(f, params, *padded, metric, **options)
+    alone = [
+        path_patching(f, params, *({"input_ids": each["input_ids"][:1, 2:]} for each in (clean, corrupted)), metric, **options),
+        path_patching(f, params, *({"input_ids": each["input_ids"][1:]} for each in (clean, corrupted)), metric, **options),
+    ]
+    CLOSE(both.patched, torch.cat([each.patched for each in alone], -1))
+    assert (both.patched - both.corrupted).abs().max() > 1e-8
+
+
+@pytest.mark.compile
+def test_compiled(small):
+    torch._dynamo.reset()
+    _, f, params, clean, corrupted = small
+
+    def run(a, b):
+        options = {"senders": ["a", "b"], "receivers": "c:in", "through": ["b"], "frozen": ["a", "b", "c"]}
+        return path_patching(f, params, a, b, total, axis=1, **options).patched
+
+    CLOSE(torch.compile(run, fullgraph=True, backend="aot_eager")(clean, corrupted), run(clean, corrupted))

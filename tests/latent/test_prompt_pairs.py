@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from functools import partial
 
 import pytest
@@ -13,6 +14,7 @@ from tdhook.core import errors
 from tdhook.latent.activation_patching import activation_patching
 from tdhook.latent.pair_patching import patch_pairs
 from tdhook.latent.prompt_pairs import differing_positions, require_aligned, token_span
+from tdhook.latent.subspaces import span
 
 from .families import model, named
 from .hooks import hooked, values_of
@@ -49,7 +51,17 @@ def test_token_spans():
     assert token_span({"input_ids": ids}, [[7], [4, 4]]).nonzero().tolist() == [[0, 0], [1, 3], [1, 4]]
 
 
+def test_token_spans_from_tensors():
+    ids = torch.tensor([[7, 1, 2], [1, 2, 3]])
+    assert token_span(ids, torch.tensor([1, 2])).nonzero().tolist() == [[0, 1], [0, 2], [1, 0], [1, 1]]
+    assert token_span(ids, torch.tensor([[7], [3]])).nonzero().tolist() == [[0, 0], [1, 2]]
+
+
 MASKED = {"input_ids": torch.ones(2, 3), "attention_mask": torch.tensor([[1, 1, 1], [0, 1, 1]])}
+
+
+def test_the_order_of_named_inputs_does_not_matter():
+    require_aligned(MASKED, dict(reversed(MASKED.items())))
 
 
 @pytest.mark.parametrize(
@@ -58,6 +70,10 @@ MASKED = {"input_ids": torch.ones(2, 3), "attention_mask": torch.tensor([[1, 1, 
         (lambda: require_aligned(torch.ones(1, 3), torch.ones(1, 4)), "choose prompts of the same length"),
         (lambda: require_aligned(MASKED, {**MASKED, "attention_mask": torch.ones(2, 3).long()}), "padded at .* in example 1"),
         (lambda: require_aligned(MASKED, torch.ones(2, 3)), "inputs of the same structure"),
+        (lambda: require_aligned({"a": torch.ones(1)}, {"b": torch.ones(1)}), "inputs of the same structure"),
+        (lambda: require_aligned((torch.ones(1), None), (torch.ones(1), torch.ones(1))), "inputs of the same structure"),
+        # what a tokenizer returns is a mapping, but no dict
+        (lambda: require_aligned(UserDict(x=torch.ones(1, 3)), UserDict(x=torch.ones(1, 4))), "prompts of the same length"),
         (
             lambda: differing_positions(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[1, 5], [3, 4]])),
             "pair 1 has no difference",
@@ -67,6 +83,7 @@ MASKED = {"input_ids": torch.ones(2, 3), "attention_mask": torch.tensor([[1, 1, 
         (lambda: token_span(torch.tensor([[1, 2]]), [1], occurrence=1), "comes 1 times"),
         (lambda: token_span(torch.tensor([[1, 2]]), [[1], [2]]), "tokens has 2 sequences for 1 prompts"),
         (lambda: token_span(torch.tensor([[1, 2]]), []), "not empty"),
+        (lambda: token_span(torch.tensor([[1, 2]]), 1), "tokens is 1 of type int; give a sequence"),
     ],
 )
 def test_misaligned_pairs(make, message):
@@ -214,6 +231,44 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
     path.write_bytes(b"nonsense")
     with pytest.raises(errors.InputError, match=r"is damaged or was not written by patch_pairs"):
         run(batches, metric, path=path, resume=True)
+
+
+def test_a_file_knows_its_subspaces_and_answers(tmp_path):
+    f, params = functionalize(nn.Sequential(nn.Identity()))
+    pairs = [(torch.ones(1, 2), torch.zeros(1, 2), torch.tensor([0]))]
+    path = tmp_path / "new" / "folder" / "patching.pt"
+    metric = lambda out, answers: out.gather(1, answers[:, None])[:, 0]  # noqa: E731
+    run = partial(patch_pairs, f, params, metric=metric, sites="0", path=path, axis=None)
+    one, two = torch.tensor([[1.0, 0]]), torch.tensor([[0.0, 1]])
+    first = run(pairs, subspaces=one)
+    assert first.patched.value.tolist() == [1] and run(pairs, subspaces=one, resume=True).pairs == 1
+    for other in (two, span(one).complement, {"0": two}, None):
+        with pytest.raises(errors.InputError, match=r"subspaces=.* is not what"):
+            run(pairs, subspaces=other, resume=True)
+    with pytest.raises(errors.InputError, match="batch 0 is not what it was"):
+        run([(*pairs[0][:2], torch.tensor([1]))], subspaces=one, resume=True)
+
+
+def test_means_over_many_pairs_are_taken_in_float32_at_least():
+    """The symptom: in bfloat16 the running mean stands still after some hundred pairs."""
+    f, params = functionalize(nn.Sequential(nn.Identity()))
+    pairs = [(torch.full((1, 1), value).bfloat16(), torch.zeros(1, 1).bfloat16()) for value in [1.0] * 400 + [3.0] * 400]
+    got = patch_pairs(f, params, pairs, lambda out: out[:, 0], sites="0", axis=None)
+    torch.testing.assert_close(got.patched.value, torch.tensor([2.0]))
+    torch.testing.assert_close(got.patched.standard_error, torch.tensor([1 / 799**0.5]))
+
+
+def test_a_metric_of_another_shape_is_told_before_the_sweep():
+    f, params = functionalize(nn.Sequential(nn.Identity()))
+    calls = []
+
+    def metric(out):
+        calls.append(out)
+        return out.sum()
+
+    with pytest.raises(errors.TargetError, match=r"metric returned .* for batch 0; return one number for each pair"):
+        patch_pairs(f, params, [(torch.ones(1, 2), torch.zeros(1, 2))], metric, sites="0")
+    assert len(calls) == 1
 
 
 def test_progress_counts_batches():

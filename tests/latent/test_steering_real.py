@@ -57,7 +57,7 @@ def test_smollm2_continues_as_by_itself(smollm2) -> None:
 def test_a_direction_brings_weddings_in_and_its_ablation_takes_them_out(smollm2) -> None:
     _, tokenizer, f, params = smollm2
     sets = [batch(tokenizer, [frame.format(what) for frame in FRAMES for what in group]) for group in (WEDDINGS, OTHERS)]
-    vector = steering_vectors(f, params, *sets, sites=LAYER, pool="mean")[LAYER]
+    vector = steering_vectors(f, params, *sets, sites=LAYER, pool="mean", skip=1)[LAYER]
     words = torch.tensor([tokenizer.encode(word)[0] for word in WORDS])
     prompt = batch(tokenizer, PROMPTS)
 
@@ -81,3 +81,17 @@ def test_a_direction_brings_weddings_in_and_its_ablation_takes_them_out(smollm2)
         return float(g(params, about).logits[0, -1].softmax(-1)[tokenizer.encode(" married")[0]])
 
     assert married(tdhook.intervene(f, {"model.layers.*": project_out(vector)})) < 0.5 * married(f)
+
+
+def test_without_the_first_token_a_mean_tells_more_than_the_length_of_the_prompt(smollm2) -> None:
+    _, tokenizer, f, params = smollm2
+    short = ["I went to the park", "She likes old books", "We saw a cat"]
+    sets = batch(tokenizer, short), batch(tokenizer, [f"{text} and then we went home by the last train" for text in short])
+    first = tdhook.stop_at(f, LAYER)(params, sets[0])[2, sets[0]["attention_mask"][2].argmax()]
+
+    def share(skip: int) -> float:
+        """How much of the direction is that of the first token, whose weight in a mean is one over the length."""
+        vector = steering_vectors(f, params, *sets, sites=LAYER, pool="mean", skip=skip)[LAYER]
+        return float(torch.cosine_similarity(vector, first, 0))
+
+    assert share(0) > 0.5 and abs(share(1)) < 0.25

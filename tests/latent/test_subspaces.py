@@ -7,12 +7,12 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from torch.func import grad
+from torch.func import grad, vmap
 
 from tdhook import capture, functionalize, intervene
 from tdhook.core import errors
 from tdhook.latent.activation_patching import activation_patching
-from tdhook.latent.subspaces import interchange, projection, span
+from tdhook.latent.subspaces import Subspace, interchange, projection, span
 
 from .families import model, named
 from .hooks import hooked, put, values_of
@@ -218,3 +218,88 @@ def test_subspaces_without_a_site():
     f, params = functionalize(nn.Sequential(nn.Identity()))
     with pytest.raises(errors.SiteError, match="subspaces has no '0'"):
         activation_patching(f, params, SOURCE, BASE, torch.sum, sites="0", subspaces={"1": None})
+
+
+def test_a_soft_mask_of_rotated_dimensions():
+    """Boundless alignment search: b + R (m * (R^T s - R^T b)); all ones is the whole, all zeros nothing."""
+    rotation = torch.linalg.qr(directions(3, 3)).Q
+    base, source = BASE.double(), SOURCE.double()
+    mask = torch.tensor([0.9, 0.5, 0.1]).double()
+    soft = Subspace(rotation * mask, rotation.T)
+    CLOSE(soft.exchange(base, source), ((1 - mask) * (base @ rotation) + mask * (source @ rotation)) @ rotation.T)
+    CLOSE(Subspace(rotation * torch.ones(3), rotation.T).exchange(base, source), source)
+    CLOSE(Subspace(rotation * torch.zeros(3), rotation.T).exchange(base, source), base)
+    f, params = functionalize(nn.Sequential(nn.Identity()))
+    CLOSE(interchange(f, params, base, source, subspaces={"0": soft}), soft.exchange(base, source))
+
+
+def test_standardised_principal_components():
+    """Standardise, exchange the first components, undo: an oblique projection."""
+    data = directions(50, 4) * torch.tensor([1.0, 3, 9, 2]).double() + 5
+    mean, std = data.mean(0), data.std(0)
+    axes = torch.linalg.svd((data - mean) / std)[2][:2]
+    base, source = directions(1, 4, 1), directions(1, 4, 2)
+    a, b = ((x - mean) / std for x in (base, source))
+    expected = (a + (b - a) @ axes.T @ axes) * std + mean
+    space = projection((axes.T @ axes) * std / std[:, None])
+    CLOSE(space.exchange(base, source), expected)
+
+
+def test_half_precision_projections_are_checked():
+    """The symptom: in bfloat16 anything passed for a projection, and integers raised a TypeError of torch."""
+    basis = span(directions(3, 64).float()).write
+    assert projection((basis.T @ basis).bfloat16()).read.dtype == torch.bfloat16
+    for matrix in (2 * torch.eye(2).bfloat16(), 1.5 * torch.eye(2).half(), torch.eye(2) + 0.01):
+        with pytest.raises(errors.InputError, match="matrix is no projection"):
+            projection(matrix)
+    with pytest.raises(errors.InputError, match="matrix is a int64 tensor"):
+        projection(torch.eye(2).long())
+
+
+def test_pairs_under_vmap_with_spaces_of_their_own():
+    f, params, inputs, found = named("llama")
+    source, site = other(inputs)["input_ids"], found.mlp[0]
+    rows = torch.stack([directions(2, seed=1), directions(2, seed=2)])
+
+    def run(a, b, r):
+        got = interchange(f, params, {"input_ids": a[None]}, {"input_ids": b[None]}, subspaces={site: r}, axis=1, positions=[2])
+        return got.logits[0]
+
+    expected = [run(*each) for each in zip(inputs["input_ids"], source, rows)]
+    CLOSE(vmap(run)(inputs["input_ids"], source, rows), torch.stack(expected))
+
+
+def test_places_that_differ_between_examples():
+    f, params, inputs, found = named("llama")
+    source, rows = {"input_ids": (inputs["input_ids"] + 7) % 50}, directions(2)
+    where = torch.zeros(2, 6, dtype=torch.bool)
+    where[0, 1] = where[1, 4] = where[1, 5] = True
+    got = interchange(f, params, inputs, source, subspaces={found.mlp[0]: rows}, positions=where).logits
+    for example, places in enumerate(([1], [4, 5])):
+        pair = [{"input_ids": each["input_ids"][example : example + 1]} for each in (inputs, source)]
+        one = interchange(f, params, *pair, subspaces={found.mlp[0]: rows}, axis=1, positions=places).logits
+        CLOSE(got[example], one[0])
+    heads = interchange(f, params, inputs, source, subspaces={found.head_output[0]: None}, positions=where).logits
+    plain = interchange(f, params, inputs, source, subspaces={found.head_output[0].site: None}, positions=where).logits
+    CLOSE(heads, plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"positions": torch.ones(1, 2).bool()}, "positions is a bool tensor of shape .1, 2.; '0' holds"),
+        ({"positions": torch.ones(1, 3).bool(), "axis": 1}, "which says itself where; leave out axis=1"),
+    ],
+)
+def test_bad_places(options, message):
+    f, params = functionalize(nn.Sequential(nn.Identity()))
+    with pytest.raises(errors.InputError, match=message):
+        interchange(f, params, BASE, SOURCE, subspaces={"0": None}, **options)
+
+
+def test_subspaces_by_layout_name_the_addresses():
+    """The symptom: a TypeError of difflib."""
+    f, params, inputs, found = named("gpt2")
+    layout = found.head_output[0]
+    with pytest.raises(errors.SiteError, match=r"subspaces has no 'transformer.h.0.attn.c_proj:in'"):
+        activation_patching(f, params, inputs, inputs, metric, sites=layout, axis=-2, subspaces={layout: directions(2, 8)})

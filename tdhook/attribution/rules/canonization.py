@@ -113,7 +113,7 @@ def batch_norm_pairs(f: FunctionalModel, params: TensorDictBase, inputs: Any) ->
         flow.returned = [id(t) for _, t in tensors(f._run(params, inputs, (), Execution(observer=flow)))]
         return flow
 
-    flow, _ = run_abstract_or_real(run, params, inputs)
+    flow, _ = run_abstract_or_real(f, run, params, inputs)
     modules = {path: module for path in flow.order if (module := _module(f, path).module) is not None}
     pairs: list[Pair] = []
     taken: set[str] = set()

@@ -7,7 +7,8 @@ from .edge_attribution import eap, eap_ig
 from .edge_patching import edge_patching
 from .evaluation import CircuitMetric, completeness, evaluate, faithfulness, kl_divergence_from, mean_over_pairs
 from .graph import EdgeGraph, Reader, Writer
-from .masking import mask_edges, mean_values, writer_values
+from .masking import mask_edges
+from .written import mean_values, writer_values
 
 __all__ = [
     "Circuit",

@@ -13,10 +13,11 @@ from ...core.errors import InputError
 from ...core.functional import FunctionalModel
 from ...core.progress import Progress
 from ...core.structure import describe
-from ..patches import Metric, measured
+from ..patches import Metric, measured, require_metric
 from .circuit import Circuit
 from .graph import EdgeGraph
-from .masking import Ablation, ablation_values, mask_edges
+from .masking import mask_edges
+from .written import Ablation, ablation_values
 
 
 def acdc(
@@ -74,6 +75,7 @@ def acdc(
         (('x', 'y'),)
     """
     require_positive("chunk_size", chunk_size)
+    require_metric(metric)
     if not isinstance(threshold, (int, float)) or isinstance(threshold, bool) or threshold != threshold:
         raise InputError(f"threshold is {describe(threshold)}; give a number.")
     warn_if_stochastic(f, "acdc")

@@ -21,6 +21,8 @@ METHODS = ("top", "greedy")
 class Circuit:
     """Some edges of a graph; all others are ablated when the circuit runs.
 
+    To keep one in a file write `edges`, plain pairs of names: `Circuit.of(graph, json.load(file))`.
+
     Attributes:
         graph: of which it is a part.
         kept: bool Tensor [E], which edges belong to it.
@@ -30,6 +32,10 @@ class Circuit:
     kept: Tensor
 
     def __post_init__(self) -> None:
+        if not isinstance(self.graph, EdgeGraph):
+            raise InputError(
+                f"graph is {describe(self.graph)}; give what edge_graph(f, params) or EdgeGraph.of(nodes) returned."
+            )
         self.graph.require_edges("kept", self.kept)
         if self.kept.dtype is not torch.bool or self.kept.ndim != 1:
             raise InputError(f"kept is {describe(self.kept)}; give a bool tensor [{len(self.graph)}].")
@@ -47,6 +53,23 @@ class Circuit:
         """
         kept = torch.zeros(len(graph), dtype=torch.bool)
         kept[graph.index(edges)] = True
+        return cls(graph, kept)
+
+    @classmethod
+    def of_nodes(cls, graph: EdgeGraph, nodes: Iterable[str]) -> Circuit:
+        """The circuit of whole nodes: all edges that leave these writers. To run it is to ablate all other writers.
+
+        Raises `InputError` for nodes that the graph does not have.
+
+        Examples:
+            >>> from tdhook.latent.circuits import EdgeGraph, Reader, Writer
+            >>> nodes = [Writer("x", "0"), Reader("a in", "1:in", feeds=("a",)), Writer("a", "1"), Reader("y", "2:in")]
+            >>> Circuit.of_nodes(EdgeGraph.of(nodes), ["x"]).edges
+            (('x', 'a in'), ('x', 'y'))
+        """
+        kept = torch.zeros(len(graph), dtype=torch.bool)
+        for node in nodes:
+            kept[graph.of_writer(node)] = True
         return cls(graph, kept)
 
     def __len__(self) -> int:
@@ -134,10 +157,8 @@ def top_edges(
         >>> top_edges(graph, torch.tensor([3.0, -1.0, 2.0]), 2).edges
         (('x', 'a in'), ('a', 'y'))
     """
-    graph.require_edges("scores", scores)
+    graph.require_scores(scores)
     require_positive("count", count, least=0)
-    if scores.ndim != 1:
-        raise InputError(f"scores is {describe(scores)}; give [{len(graph)}], such as the mean over examples.")
     if method not in METHODS:
         raise InputError(f"method={method!r} is unknown; choose from {', '.join(METHODS)}.")
     scores = scores.detach().abs() if absolute else scores.detach()

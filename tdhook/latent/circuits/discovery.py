@@ -220,10 +220,13 @@ def _submodel(f: Functional, path: str) -> Submodel:
     module = next(m for m in blueprint.template.root.modules() if m._tdhook_path == path)
     within = next(names for names in blueprint.tree.paths if names and join_path(names) == path)
     depth = len(within)
-    owned = {
-        key[depth:]: [(place[depth:], table, name) for place, table, name in owners if place[:depth] == within]
-        for key, owners in blueprint.tensor_names.items()
-        if key[:depth] == within
-    }
+    keys: list[tuple[str, ...]] = []
+    owned = {}
+    for key, owners in blueprint.tensor_names.items():
+        # A tied tensor has its name from where it comes first, which may be outside of the module.
+        inside = [(place[depth:], table, name) for place, table, name in owners if place[:depth] == within]
+        if inside:
+            owned[(str(len(keys)),)] = inside
+            keys.append(key)
     skeleton = copy_tree(module, eager_class)[module]
-    return Submodel(Functional(Blueprint(skeleton, owned), {}), within if owned else ())
+    return Submodel(Functional(Blueprint(skeleton, owned), {}), tuple(keys))

@@ -10,15 +10,17 @@ from torch import Tensor
 
 from ...core.batching import chunks, vmap_or_loop
 from ...core.checks import require_gradients, require_positive, warn_if_stochastic
+from ...core.compat import visible
 from ...core.errors import InputError, TargetError
 from ...core.functional import FunctionalModel
 from ...core.quadrature import quadrature_rule
 from ...core.structure import describe, tensors
 from ...core.writing import intervene
-from ..patches import Metric, measured
+from ..patches import Metric, measured, require_metric
 from .graph import EdgeGraph
-from .masking import Ablation, ablation_values, masked, writer_values
+from .masking import masked
 from .parts import WriterGroup
+from .written import Ablation, ablation_values, require_graph, writer_values, writers_of
 
 PATHS = ("inputs", "mask", "activations")
 
@@ -73,8 +75,11 @@ def eap(
     """
     _check("eap", f, metric)
     values = ablation_values(f, params, clean, corrupted, graph, ablation)
-    g = masked(f, graph, "detached")
     mask = _zeros(graph, params, clean, values, per_example)
+    # The gradient of what is written is 0 at mask 0 and costs a third; only a derivative of the scores themselves needs it.
+    leaves = [tensor for _, tensor in tensors((params, clean, values))]
+    nobody_asks = visible(*leaves) and not any(leaf.requires_grad for leaf in leaves)
+    g = masked(f, graph, "detached" if nobody_asks else "live")
     return _gradient(lambda m: g(params, clean, values, m), metric, mask, per_example)
 
 
@@ -143,6 +148,13 @@ def eap_ig(
     if path == "inputs" and ablation is not None:
         raise InputError("path='inputs' goes from clean to corrupted inputs; give corrupted and no ablation, or another path.")
     require_positive("chunk_size", chunk_size, optional=True)
+    require_graph(f, graph)
+    source = writers_of(graph)[0]
+    if path == "inputs" and (source.axis is not None or source.layout is not None):
+        raise InputError(
+            f"path='inputs' moves what the first writer writes, but {source.names[0]!r} is a slice of the value at "
+            f"{source.site!r}; put a writer of a whole value first, or take another path."
+        )
     nodes, weights = quadrature_rule(quadrature, steps)
     values = ablation_values(f, params, clean, corrupted, graph, ablation)
     mask = _zeros(graph, params, clean, values, per_example)
@@ -163,7 +175,7 @@ def eap_ig(
 
         def at_point(t: Tensor) -> Tensor:
             g = masked(
-                intervene(f, {graph.root: lambda value: (first + t * (last - first)).reshape(value.shape)}), graph, "given"
+                intervene(f, {source.site: lambda value: (first + t * (last - first)).reshape(value.shape)}), graph, "given"
             )
             return _gradient(lambda m: g(params, clean, differences, m), metric, mask, per_example)
 
@@ -186,8 +198,7 @@ def eap_ig(
 
 def _check(method: str, f: FunctionalModel, metric: Any) -> None:
     require_gradients(method)
-    if not callable(metric):
-        raise InputError(f"metric is {describe(metric)}; give a function of the output to a tensor [B] or [].")
+    require_metric(metric)
     warn_if_stochastic(f, method)
 
 

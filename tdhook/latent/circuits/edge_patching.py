@@ -15,11 +15,11 @@ from ...core.functional import FunctionalModel
 from ...core.progress import Progress
 from ...core.replay import Tape
 from ...core.structure import describe
-from ...core.transforms import exact_wants
-from ..patches import Metric, measured
+from ..patches import Metric, measured, require_metric
 from .graph import Edge, EdgeGraph
-from .masking import Ablation, ablation_values, gathered, sites_of
-from .parts import ReaderGroup, WriterGroup, differences_into
+from .masking import too_early
+from .parts import ReaderGroup, WriterGroup
+from .written import Ablation, ablation_values, gathered, require_ablation, require_graph, wants_at
 
 
 def edge_patching(
@@ -50,9 +50,10 @@ def edge_patching(
         metric: function of the output to a tensor [B], one number for each example, or [].
         graph: writers and readers, as `edge_graph` finds them.
         ablation: as `eap`.
-        edges: (writer, reader) pairs, or integer Tensor [K] of their numbers; None for all.
+        edges: (writer, reader) pairs, or integer Tensor [K] of their numbers (not compiled: its values matter); None for all.
         per_example: whether each example has effects of its own; else those of the mean of the metric.
-        chunk_size: how many edges of one reader run at once; None for all. It bounds memory and does not change the result.
+        chunk_size: how many edges run at once, of those into the readers of one site (the queries, keys and values of a block,
+            say); None for all of them. It bounds memory and does not change the result.
         progress: called as `progress(done, total)` after the edges of each group of readers; see `tdhook.tqdm_progress`.
 
     Returns:
@@ -62,7 +63,8 @@ def edge_patching(
         InputError: as `eap`; an edge that the graph does not have. TargetError: a metric of another shape, or of shape [] with
             `per_example`.
 
-    Cost: two forward passes, and for each edge one vmapped pass that runs only what lies after the reader.
+    Cost: two forward passes, and for each edge one vmapped pass that runs only what lies after the reader. Memory: the written
+    values, and the activations of each edge that runs at once.
 
     Source: Conmy et al., "Towards Automated Circuit Discovery for Mechanistic Interpretability" (2023); Goldowsky-Dill et al.,
     "Localizing Model Behavior with Path Patching" (2023).
@@ -75,17 +77,20 @@ def edge_patching(
         tensor([-8.])
     """
     require_positive("chunk_size", chunk_size, optional=True)
-    warn_if_stochastic(f, "edge_patching")
-    values = ablation_values(f, params, clean, corrupted, graph, ablation)
+    require_metric(metric)
+    require_graph(f, graph)
     numbers = _numbers(graph, edges)
-    wants = exact_wants(f, sites_of(graph.parts), "edge_patching")
-    base = Tape(f, params, clean, wants)
-    by_site = {str(want.site): want for want in wants}
+    wants = wants_at(f, graph.parts, "edge_patching")
+    warn_if_stochastic(f, "edge_patching")
+    ablated = ablation_values(f, params, clean, corrupted, graph, ablation)
+    base = Tape(f, params, clean, tuple(dict.fromkeys(wants.values())))
+    _require_order(graph, {site: base.time_of(want) for site, want in wants.items()})
     before = measured(metric, base.output)
     if per_example and before.ndim == 0:
         raise TargetError("metric returned one number; per_example=True needs a tensor of shape [B], one for each example.")
-    writers = [part for part in graph.parts if isinstance(part, WriterGroup)]
-    differences = values - gathered(params, writers, {part.site: base.values[by_site[part.site]] for part in writers})
+    written = gathered(params, graph, {site: base.values[want] for site, want in wants.items()})
+    require_ablation(graph, ablated, written.shape[1:])
+    differences = (ablated.to(written.dtype) if isinstance(ablated, Tensor) else ablated) - written
 
     effects: list[Tensor] = []
     order: list[int] = []
@@ -94,15 +99,14 @@ def edge_patching(
         chosen = [i for i, number in enumerate(numbers) if start <= number < start + rows * n]
         if not chosen:
             continue
-        read = base.values[by_site[part.site]]
+        read = base.values[wants[part.site]]
 
-        def patched(local: Tensor, part: Any = part, read: Tensor = read, rows: int = rows, n: int = n) -> Tensor:
-            mask = (torch.arange(rows * n, device=local.device) == local).to(differences.dtype).reshape(rows, n)
-            changes = part.changes(params, read, differences_into(mask, [differences[:n]]))
+        def patched(local: Tensor, part: Any = part, read: Tensor = read, n: int = n) -> Tensor:
+            row, writer = local.div(n, rounding_mode="floor"), local % n
+            move = differences.index_select(0, writer.reshape(1))[0]
             writes: dict[Any, Any] = {}
-            for door, change in zip(part.doors, changes):
-                want = by_site[door.site]
-                writes[want] = _then(writes.get(want), door, change)
+            for door, change in zip(part.doors, part.changes_by(params, read, move, row)):
+                writes[wants[door.site]] = _then(writes.get(wants[door.site]), door, change)
             return metric(base.resume(writes)) - before
 
         at = torch.tensor([numbers[i] - start for i in chosen], device=differences.device)
@@ -132,10 +136,20 @@ def _numbers(graph: EdgeGraph, edges: Any) -> list[int]:
         for number in numbers:
             graph.edge(number)
     else:
-        numbers = graph.index(edges).tolist()
+        numbers = graph.numbers(edges)
     if not numbers:
         raise InputError("edges is empty; give at least one, or None for all.")
     return numbers
+
+
+def _require_order(graph: EdgeGraph, times: dict[str, int]) -> None:
+    """Raises `SiteError` for a reader that runs before a writer that the graph puts before it."""
+    latest = 0
+    for part in graph.parts:
+        if isinstance(part, WriterGroup):
+            latest = max(latest, times[part.site])
+        elif times[part.site] < latest:
+            raise too_early(part)
 
 
 def _groups(graph: EdgeGraph) -> list[tuple[ReaderGroup, int]]:

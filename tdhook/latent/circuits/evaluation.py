@@ -15,11 +15,13 @@ from ...core.checks import require_positive, warn_if_stochastic
 from ...core.errors import InputError, TargetError
 from ...core.estimate import Estimate, Moments
 from ...core.functional import FunctionalModel
+from ...core.progress import Progress
 from ...core.structure import describe
-from ..patches import Metric, measured
+from ..patches import Metric, measured, require_metric
+from ..streaming import numbered
 from .circuit import Circuit
-from .graph import EdgeGraph
-from .masking import Ablation, ablation_values, mask_edges
+from .masking import mask_edges
+from .written import Ablation, ablation_values
 
 
 @tensorclass
@@ -38,7 +40,10 @@ class CircuitMetric:
 
     @property
     def normalized(self) -> Tensor:
-        """`(value - ablated) / (clean - ablated)` of the means over examples: 0 is the ablated model, 1 the whole one."""
+        """`(value - ablated) / (clean - ablated)` of the means over examples: 0 is the ablated model, 1 the whole one.
+
+        Not finite where the two do not differ.
+        """
         value = self.value if self.clean.ndim == 0 else self.value.mean(-1)
         return (value - self.ablated.mean()) / (self.clean.mean() - self.ablated.mean())
 
@@ -84,15 +89,9 @@ def evaluate(
         tensor([1.])
     """
     require_positive("chunk_size", chunk_size, optional=True)
-    several = [circuits] if isinstance(circuits, Circuit) else list(circuits)
-    for circuit in several:
-        if not isinstance(circuit, Circuit):
-            raise InputError(f"circuits holds {describe(circuit)}; give what top_edges or Circuit.of returned.")
-        if circuit.graph != several[0].graph:
-            raise InputError("circuits are of several graphs; evaluate those of one graph at a time.")
-    if not several:
-        raise InputError("circuits is empty; give at least one.")
-    graph: EdgeGraph = several[0].graph
+    require_metric(metric)
+    several = _as_circuits(circuits)
+    graph = several[0].graph
     warn_if_stochastic(f, "evaluate")
     values = ablation_values(f, params, clean, corrupted, graph, ablation)
     before = measured(metric, f(params, clean))
@@ -101,7 +100,7 @@ def evaluate(
     def run(mask: Tensor) -> Tensor:
         return measured(metric, g(params, clean, values, mask))
 
-    masks = torch.stack([circuit.mask(before.dtype) for circuit in several]).to(before.device)
+    masks = torch.stack([circuit.mask(before.dtype).to(before.device) for circuit in several])
     found = vmap_or_loop(run, masks, chunk_size)
     ablated = run(torch.ones_like(masks[0]))
     value = found[0] if isinstance(circuits, Circuit) else found
@@ -164,25 +163,40 @@ def completeness(
         >>> completeness(f, params, torch.full((1, 1), 3.0), torch.ones(1, 1), circuit, lambda out: out[:, 0])
         tensor(0.)
     """
-    rest = circuits.complement if isinstance(circuits, Circuit) else [circuit.complement for circuit in circuits]
-    return evaluate(f, params, clean, corrupted, rest, metric, **options).normalized
+    rest = [circuit.complement for circuit in _as_circuits(circuits)]
+    found = evaluate(f, params, clean, corrupted, rest, metric, **options).normalized
+    return found[0] if isinstance(circuits, Circuit) else found
+
+
+def _as_circuits(circuits: Any) -> list[Circuit]:
+    """One or several circuits as a list; raises `InputError` for anything else, none, and those of several graphs."""
+    several = list(circuits) if isinstance(circuits, Iterable) else [circuits]
+    for circuit in several:
+        if not isinstance(circuit, Circuit):
+            raise InputError(f"circuits holds {describe(circuit)}; give what top_edges or Circuit.of returned.")
+        if circuit.graph != several[0].graph:
+            raise InputError("circuits are of several graphs; evaluate those of one graph at a time.")
+    if not several:
+        raise InputError("circuits is empty; give at least one.")
+    return several
 
 
 def mean_over_pairs(
-    scores: Callable[..., Tensor], pairs: Iterable[Sequence[Any]], *, progress: Callable[[int, int], None] | None = None
+    scores: Callable[..., Tensor], pairs: Iterable[Sequence[Any]], *, progress: Progress | None = None
 ) -> Estimate:
     """The mean of scores over a data set of prompt pairs, and its standard error.
 
     Args:
-        scores: function of the elements of a pair to Tensor [B, E], such as `eap` with `per_example=True`.
+        scores: function of the elements of a pair to Tensor [B, E], such as `eap` with `per_example=True`; or [B, K], as
+            `evaluate(...).value.mT` of K circuits.
         pairs: tuples (clean, corrupted, ...) of B pairs each, as many as they come; what follows goes to `scores` too.
-        progress: called as `progress(pairs done, batches done)` after each batch.
+        progress: called as `progress(done, total)`, in batches; of an iterable without a length only the end is known.
 
     Returns:
         `Estimate(value, standard_error)`, Tensors [E] each; the error of a single pair is NaN.
 
     Raises:
-        InputError: no batch; scores of another shape.
+        InputError: no batch, or one that is no tuple; scores of another shape.
 
     Cost: that of `scores` for each batch, in the memory of one.
 
@@ -191,17 +205,17 @@ def mean_over_pairs(
         Estimate(value=tensor([2.]), standard_error=tensor([1.]))
     """
     moments: Moments | None = None
-    for number, pair in enumerate(pairs, start=1):
+    for number, pair in numbered(pairs, progress):
+        if not isinstance(pair, (tuple, list)):
+            raise InputError(f"batch {number} of pairs is {describe(pair)}; give a tuple (clean, corrupted, ...).")
         found = scores(*pair)
         if not isinstance(found, Tensor) or found.ndim < 2:
             raise InputError(f"scores returned {describe(found)}; return [B, E], with per_example=True.")
-        part = Moments.of(found.detach())
+        # in half precision a long stream would stop moving its mean
+        part = Moments.of(found.detach().to(torch.promote_types(found.dtype, torch.float32)))
         moments = part if moments is None else moments + part
-        if progress is not None:
-            progress(moments.count, number)
-    if moments is None:
-        raise InputError("pairs is empty; give at least one batch of pairs.")
-    return Estimate(moments.mean, moments.standard_error)
+    assert moments is not None
+    return Estimate(moments.mean.to(found.dtype), moments.standard_error.to(found.dtype))
 
 
 def kl_divergence_from(output: Any, *, key: int | str | None = None, position: int | None = None) -> Callable[[Any], Tensor]:
@@ -218,7 +232,7 @@ def kl_divergence_from(output: Any, *, key: int | str | None = None, position: i
         A function of an output to Tensor [B], 0 for the same distributions: lower is better, as `acdc` needs it.
 
     Raises:
-        TargetError: no such tensor in an output.
+        TargetError: no such tensor, or no such position, in an output.
 
     Examples:
         >>> kl_divergence_from(torch.zeros(1, 2))(torch.tensor([[0.0, 1.0]]))
@@ -232,12 +246,19 @@ def kl_divergence_from(output: Any, *, key: int | str | None = None, position: i
             logits = None
         if not isinstance(logits, Tensor) or logits.ndim < 2:
             raise TargetError(f"the output is {describe(output)}; kl_divergence_from needs logits [B, ..., C]; give key=...")
-        return (logits if position is None else logits[:, position]).log_softmax(-1)
+        if position is None:
+            return logits.log_softmax(-1)
+        if logits.ndim < 3 or not -logits.shape[1] <= position < logits.shape[1]:
+            raise TargetError(
+                f"position={position} is out of range for logits that are {describe(logits)}; give one of [B, S, C]."
+            )
+        return logits[:, position].log_softmax(-1)
 
     reference = log_probabilities(output).detach()
 
     def divergence(output: Any) -> Tensor:
-        found = (reference.exp() * (reference - log_probabilities(output))).sum(-1)
+        apart = reference.exp() * (reference - log_probabilities(output))
+        found = torch.where(reference == -torch.inf, 0, apart).sum(-1)  # a class that cannot be adds nothing
         return found.flatten(1).mean(1) if found.ndim > 1 else found
 
     return divergence

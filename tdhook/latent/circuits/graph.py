@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.checks import require_positive
 from ...core.errors import InputError, did_you_mean
 from ...core.structure import describe
 from .parts import ReaderGroup, WriterGroup
@@ -24,7 +26,7 @@ class Writer:
         name: of the node.
         site: address of what it adds, a tensor of the shape of the stream.
         axis: where several writers lie side by side in one value: the axis that they lie along; None for the whole value.
-        index: which of them.
+        index: which of them; below 0 from the end.
     """
 
     name: str
@@ -81,8 +83,8 @@ class EdgeGraph:
     def of(cls, nodes: Sequence[Writer | Reader]) -> EdgeGraph:
         """A graph given by hand: writers and readers in the order of the run, each reader before what it feeds.
 
-        Raises `InputError` for a node that is neither, a name that is taken, a reader that feeds an unknown or an earlier
-        writer, and a graph without an edge.
+        Raises `InputError` for a node that is neither, a name that is taken, two readers of one copy of the stream, a reader
+        that feeds an unknown or an earlier writer, and a graph without an edge.
 
         Examples:
             >>> nodes = [Writer("x", "0"), Reader("a in", "1:in", feeds=("a",)), Writer("a", "1"), Reader("y", "2:in")]
@@ -95,7 +97,8 @@ class EdgeGraph:
             if isinstance(node, Writer):
                 parts.append(WriterGroup(node.site, (node.name,), axis=node.axis, index=node.index))
             elif isinstance(node, Reader):
-                parts.append(ReaderGroup(node.site, (node.name,), (tuple(node.feeds),), axis=node.axis, index=node.index))
+                feeds = (node.feeds,) if isinstance(node.feeds, str) else tuple(node.feeds)
+                parts.append(ReaderGroup(node.site, (node.name,), (feeds,), axis=node.axis, index=node.index))
             else:
                 raise InputError(f"nodes holds {describe(node)}; give Writer(name, site) and Reader(name, site).")
         return cls.from_parts(parts)
@@ -107,7 +110,9 @@ class EdgeGraph:
         writers: dict[str, int] = {}
         readers: dict[str, int] = {}
         before: list[int] = []
+        taken: dict[tuple[str, str], list[tuple[int | None, int]]] = {}
         for part in parts:
+            _require_own_place(part, taken)
             table = writers if isinstance(part, WriterGroup) else readers
             for name in part.names:
                 if name in table:
@@ -139,16 +144,11 @@ class EdgeGraph:
         """All edges as (writer, reader), in their order."""
         return tuple((writer, reader) for reader, n in zip(self.readers, self.before) for writer in self.writers[:n])
 
-    @property
-    def root(self) -> str:
-        """The site of the first writer, the embedding."""
-        return next(part.site for part in self.parts if isinstance(part, WriterGroup))
-
     def edge(self, number: int) -> Edge:
         """The (writer, reader) of an edge."""
         if not 0 <= number < len(self):
             raise InputError(f"edge {number} is out of range; the graph has {len(self)} edges.")
-        reader = max(r for r, start in enumerate(self.starts) if start <= number and self.before[r])
+        reader = bisect_right(self.starts, number) - 1
         return self.writers[number - self.starts[reader]], self.readers[reader]
 
     def index(self, edges: Iterable[Edge]) -> Tensor:
@@ -156,30 +156,30 @@ class EdgeGraph:
 
         Raises `InputError` for a node that the graph does not have, and for a pair without an edge.
         """
-        writers = {name: number for number, name in enumerate(self.writers)}
-        readers = {name: number for number, name in enumerate(self.readers)}
+        return torch.tensor(self.numbers(edges), dtype=torch.long)
+
+    def numbers(self, edges: Iterable[Edge]) -> list[int]:
+        """As `index`, as a list."""
+        writers, readers = _numbered(self.writers), _numbered(self.readers)
         found = []
         for edge in edges:
-            if not isinstance(edge, tuple) or len(edge) != 2:
+            if not isinstance(edge, (tuple, list)) or len(edge) != 2:
                 raise InputError(f"an edge is a pair (writer, reader) of names, got {describe(edge)}.")
-            for name, table, kind in ((edge[0], writers, "writer"), (edge[1], readers, "reader")):
-                if name not in table:
-                    raise InputError(f"the graph has no {kind} {name!r}." + did_you_mean(str(name), table))
-            writer, reader = writers[edge[0]], readers[edge[1]]
+            writer, reader = _number("writer", edge[0], writers), _number("reader", edge[1], readers)
             if writer >= self.before[reader]:
                 raise InputError(f"there is no edge {edge[0]!r} -> {edge[1]!r}: the writer comes after the reader.")
             found.append(self.starts[reader] + writer)
-        return torch.tensor(found, dtype=torch.long)
+        return found
 
     def of_writer(self, writer: str) -> Tensor:
         """The numbers of all edges that leave a writer."""
-        return self.index(
-            [(writer, r) for r, n in zip(self.readers, self.before) if writer in self.writers[:n]] or [(writer, "")]
-        )
+        number = _number("writer", writer, _numbered(self.writers))
+        return torch.tensor([start + number for start, n in zip(self.starts, self.before) if number < n], dtype=torch.long)
 
     def of_reader(self, reader: str) -> Tensor:
         """The numbers of all edges that enter a reader."""
-        return self.index([(w, reader) for w in self.writers[: dict(zip(self.readers, self.before)).get(reader, 1)]])
+        number = _number("reader", reader, _numbered(self.readers))
+        return torch.arange(self.before[number]) + self.starts[number]
 
     def writer_scores(self, scores: Tensor) -> Tensor:
         """The sum over the edges that leave each writer: [..., E] gives [..., U]."""
@@ -191,8 +191,9 @@ class EdgeGraph:
         return torch.stack(total).sum(0)
 
     def table(self, scores: Tensor, count: int = 10) -> str:
-        """The edges with the largest |score|, largest first, one a line."""
-        self.require_edges("scores", scores)
+        """The edges with the largest |score| of [E], largest first, one a line."""
+        self.require_scores(scores)
+        require_positive("count", count)
         rows = [
             (f"{w} -> {r}", float(scores[i]))
             for i in scores.abs().topk(min(count, len(self))).indices.tolist()
@@ -206,6 +207,12 @@ class EdgeGraph:
         if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[-1] != len(self):
             raise InputError(f"{name} is {describe(value)}; give a tensor [..., {len(self)}], one entry for each edge.")
 
+    def require_scores(self, scores: Any) -> None:
+        """Raises `InputError` unless there is one score for each edge, a tensor [E]."""
+        self.require_edges("scores", scores)
+        if scores.ndim != 1:
+            raise InputError(f"scores is {describe(scores)}; give [{len(self)}], such as the mean over examples.")
+
     def __repr__(self) -> str:
         return f"EdgeGraph({len(self.writers)} writers, {len(self.readers)} readers, {len(self)} edges)"
 
@@ -213,6 +220,29 @@ class EdgeGraph:
         rows = [(part.kind, _shown(part.names), part.site) for part in self.parts]
         widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
         return "\n".join([repr(self), *(f"{kind:<{widths[0]}}  {names:<{widths[1]}}  {site}" for kind, names, site in rows)])
+
+
+def _numbered(names: Sequence[str]) -> dict[str, int]:
+    return {name: number for number, name in enumerate(names)}
+
+
+def _number(kind: str, name: Any, numbers: dict[str, int]) -> int:
+    if not isinstance(name, str) or name not in numbers:
+        raise InputError(f"the graph has no {kind} {name!r}." + did_you_mean(str(name), numbers))
+    return numbers[name]
+
+
+def _require_own_place(part: Part, taken: dict[tuple[str, str], list[tuple[int | None, int]]]) -> None:
+    """Raises `InputError` for a second node at one place; notes the first. Readers behind a norm share a site."""
+    if isinstance(part, ReaderGroup) and part.entrances:
+        return
+    there = taken.setdefault((part.kind, part.site), [])
+    if there and (part.axis is None or any(axis is None or (axis, index) == (part.axis, part.index) for axis, index in there)):
+        raise InputError(
+            f"{part.names[0]!r} {part.kind} what another node {part.kind} at {part.site!r}; give each node a site, or a slice "
+            "of one by axis and index, of its own."
+        )
+    there.append((part.axis, part.index))
 
 
 def _shown(names: tuple[str, ...]) -> str:

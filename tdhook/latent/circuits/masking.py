@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,16 +11,13 @@ from torch import Tensor
 
 from ...core.errors import InputError, SiteError
 from ...core.functional import Execution, FunctionalModel
-from ...core.reading import capture
 from ...core.scope import Handler
 from ...core.sites import Site, Want
 from ...core.structure import describe
-from ...core.transforms import Transform, exact_wants, require_sites, take
-from ..prompt_pairs import require_aligned
+from ...core.transforms import Transform, take
 from .graph import EdgeGraph
 from .parts import ReaderGroup, WriterGroup, differences_into
-
-Ablation = Tensor | float
+from .written import Ablation, require_ablation, require_graph, wants_at
 
 
 def mask_edges(f: FunctionalModel, graph: EdgeGraph) -> FunctionalModel:
@@ -40,16 +35,18 @@ def mask_edges(f: FunctionalModel, graph: EdgeGraph) -> FunctionalModel:
 
     Returns:
         `g(params, inputs, ablation, mask) -> output`.
-        `ablation`: what the writers write instead, Tensor [U, B, *stream] or what expands to it (`writer_values`,
+        `ablation`: what the writers write instead: Tensor [U, B, *stream], with 1 in place of any but U (`writer_values`,
         `mean_values`), or a number for all.
         `mask`: Tensor [E], or [B, E] with a mask for each example; or a mapping from readers to tensors [n] or [B, n] over the
         writers before them, in which readers left out have mask 0.
 
     Raises:
-        SiteError: as `intervene`. InputError: an ablation or mask of the wrong shape.
+        SiteError: as `intervene`; a reader that runs before its writers; values that have not the shape of the stream.
+        InputError: an ablation or mask of the wrong shape.
 
     Cost: the forward pass and about E products of a number with the stream; with heads also the norm of each block and the
-    projections of queries, keys and values once more for each reader. Memory: the U written values.
+    projections of queries, keys and values once more for each reader. Memory: the U written values, and for one block at a time
+    a copy of the stream for each of its readers; for a gradient the copies of all blocks.
 
     A norm that heads read through is run on its own: transforms inside of `f` do not reach these copies.
 
@@ -70,104 +67,19 @@ def mask_edges(f: FunctionalModel, graph: EdgeGraph) -> FunctionalModel:
 def masked(f: FunctionalModel, graph: EdgeGraph, written: str = "live") -> MaskEdges:
     """As `mask_edges`, with a choice of what is taken as written: see `MaskEdges`."""
     require_graph(f, graph)
-    return MaskEdges(f, exact_wants(f, sites_of(graph.parts), "mask_edges"), graph, written)
-
-
-def require_graph(f: FunctionalModel, graph: Any) -> None:
-    """Raises `ModelError` for a model without sites, and `InputError` for what is no graph."""
-    require_sites(f)
-    if not isinstance(graph, EdgeGraph):
-        raise InputError(f"graph is {describe(graph)}; give what edge_graph(f, params) or EdgeGraph.of(nodes) returned.")
-
-
-def writer_values(f: FunctionalModel, params: Any, inputs: Any, graph: EdgeGraph) -> Tensor:
-    """What each writer adds to the stream: Tensor [U, B, *stream], in the order of `graph.writers`.
-
-    Cost: one forward pass.
-
-    Examples:
-        >>> from tdhook.latent.circuits import EdgeGraph, Reader, Writer
-        >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Identity(), torch.nn.Tanh()))
-        >>> graph = EdgeGraph.of([Writer("x", "0"), Writer("a", "1"), Reader("y", "1:in")])
-        >>> writer_values(f, params, torch.zeros(1, 2), graph).shape
-        torch.Size([2, 1, 2])
-    """
-    require_graph(f, graph)
-    writers = [part for part in graph.parts if isinstance(part, WriterGroup)]
-    _, values = capture(f, sites_of(writers))(params, inputs)
-    return gathered(params, writers, {part.site: values[part.site] for part in writers})
-
-
-def mean_values(f: FunctionalModel, params: Any, batches: Iterable[Any], graph: EdgeGraph, *, positions: bool = True) -> Tensor:
-    """The mean of what each writer adds over a data set: an ablation for `mask_edges`.
-
-    Args:
-        f: functional model.
-        params: its parameters.
-        batches: inputs as `f` takes them, of B examples each (as many as they come), of one length.
-        graph: writers and readers.
-        positions: whether each position has a mean of its own; else one for all, [U, 1, 1, D] for a stream [B, S, D].
-
-    Returns:
-        Tensor [U, 1, *stream].
-
-    Raises:
-        InputError: no batch; batches of different lengths where positions are kept apart.
-
-    Cost: one forward pass for each batch. Memory: one batch and the means.
-    """
-    total: Tensor | None = None
-    count = 0
-    for inputs in batches:
-        values = writer_values(f, params, inputs, graph)
-        axes = [1] if positions else list(range(1, max(2, values.ndim - 1)))
-        if total is not None and positions and values.shape[2:] != total.shape[2:]:
-            raise InputError(
-                f"batches holds streams of shape {list(total.shape[2:])} and {list(values.shape[2:])}; give prompts of one "
-                "length, or positions=False."
-            )
-        here = math.prod(values.shape[axis] for axis in axes)
-        added = values.to(torch.promote_types(values.dtype, torch.float32)).sum(axes, keepdim=True)
-        total, count, dtype = added if total is None else total + added, count + here, values.dtype
-    if total is None:
-        raise InputError("batches is empty; give at least one batch of inputs.")
-    return (total / count).to(dtype)
-
-
-def ablation_values(
-    f: FunctionalModel, params: Any, clean: Any, corrupted: Any, graph: EdgeGraph, ablation: Ablation | None
-) -> Ablation:
-    """What the writers write instead: what they write for the corrupted inputs, unless an ablation is given."""
-    require_graph(f, graph)
-    if ablation is None:
-        if corrupted is None:
-            raise InputError(
-                "corrupted is None, and so is ablation; give the inputs that activations are taken from, or values."
-            )
-        require_aligned(clean, corrupted)
-        return writer_values(f, params, corrupted, graph)
-    if corrupted is not None:
-        raise InputError(
-            "corrupted and ablation are both given, but only one of them can say what writers write; leave one None."
-        )
-    if isinstance(ablation, bool) or not isinstance(ablation, (int, float, Tensor)):
-        raise InputError(f"ablation is {describe(ablation)}; give a number or a tensor [{len(graph.writers)}, ...].")
-    return ablation if isinstance(ablation, Tensor) else float(ablation)
-
-
-def gathered(params: Any, writers: Sequence[WriterGroup], values: dict[str, Tensor]) -> Tensor:
-    """The values of all writers, in the shape of the first: Tensor [U, B, *stream]."""
-    first = writers[0].values(params, values[writers[0].site]).shape[1:]
-    return torch.cat([part.values(params, values[part.site]).reshape(-1, *first) for part in writers])
+    sites = wants_at(f, graph.parts, "mask_edges")
+    return MaskEdges(f, tuple(dict.fromkeys(sites.values())), graph, sites, written)
 
 
 def as_mask(graph: EdgeGraph, mask: Any) -> Tensor:
     """The mask as a tensor [E] or [B, E]; raises `InputError` for another shape, or a reader that is not there."""
     if isinstance(mask, (dict, TensorDictBase)):
         given: dict[str, Any] = {str(name): value for name, value in mask.items()}
-        for name in given:
+        for name, row in given.items():
             if name not in graph.readers:
-                graph.index([(graph.writers[0], name)])
+                graph.of_reader(name)
+            if not isinstance(row, Tensor) or row.ndim not in (1, 2):
+                raise InputError(f"mask[{name!r}] is {describe(row)}; give a tensor [n] or [B, n] over the writers before it.")
         if not given:
             raise InputError("mask is empty; give a tensor for at least one reader.")
         like: Tensor = next(iter(given.values()))
@@ -190,11 +102,13 @@ class MaskEdges(Transform):
 
     Attributes:
         graph: writers and readers.
+        sites: what the sites of the graph mean in the model.
         written: where the differences come from: `"live"`, what is written in the run; `"detached"`, the same without its
             gradient, which at mask 0 is 0 anyway; `"given"`: `ablation` is the difference itself.
     """
 
     graph: EdgeGraph
+    sites: dict[str, Want]
     written: str = "live"
 
     def key(self) -> tuple:
@@ -204,12 +118,8 @@ class MaskEdges(Transform):
         ablation, extra = take(extra, "ablation, mask")
         mask, extra = take(extra, "mask")
         mask = as_mask(self.graph, mask)
-        if isinstance(ablation, Tensor) and (ablation.ndim == 0 or len(ablation) != len(self.graph.writers)):
-            raise InputError(
-                f"ablation is {describe(ablation)}; give a number or a tensor "
-                f"[{len(self.graph.writers)}, ...], an entry for each writer."
-            )
-        handler = _EdgeMasker(self.wants, self.graph, params, ablation, mask, self.written)
+        require_ablation(self.graph, ablation)
+        handler = _EdgeMasker(self, params, ablation, mask)
         output = self.inner._run(params, inputs, extra, execution.within(handler))
         handler.finish()
         return output
@@ -218,17 +128,17 @@ class MaskEdges(Transform):
 class _EdgeMasker(Handler):
     """Notes what is written, and moves what is read by it."""
 
-    def __init__(self, wants: tuple[Want, ...], graph: EdgeGraph, params: Any, ablation: Ablation, mask: Tensor, written: str):
-        super().__init__(wants)
-        self.params, self.ablation, self.mask, self.written = params, ablation, mask, written
-        self.plan = _plan(graph)
-        self.before, self.starts = graph.before, graph.starts
+    def __init__(self, masked: MaskEdges, params: Any, ablation: Ablation, mask: Tensor):
+        super().__init__(masked.wants)
+        self.params, self.ablation, self.mask, self.written = params, ablation, mask, masked.written
+        self.graph = masked.graph
+        self.plan = _plan(masked.graph, masked.sites)
         self.differences: dict[int, Tensor] = {}  # from the number of the first writer of a group
         self.waiting: dict[tuple[int, int], Tensor] = {}
         self.stream: torch.Size | None = None
 
     def visit(self, want: Want, site: Site, value: Tensor) -> Tensor:
-        for kind, place, part, first in self.plan[str(want.site)]:
+        for kind, place, part, first in self.plan[want]:
             if kind == "write":
                 self._note(part, first, value)
             elif kind == "read":
@@ -243,23 +153,24 @@ class _EdgeMasker(Handler):
         if self.written == "given":
             self.differences[first] = mine  # type: ignore[assignment]
             return
-        values = part.values(self.params, value)
-        self.stream = values.shape[1:] if self.stream is None else self.stream
-        values = values.reshape(len(part.names), *self.stream)
-        self.differences[first] = mine - (values.detach() if self.written == "detached" else values)
+        values = part.values(self.params, value, self.stream)
+        if self.stream is None:
+            self.stream = values.shape[1:]
+            require_ablation(self.graph, ablation, self.stream)
+            if self.mask.ndim == 2 and len(self.mask) not in (1, len(values[0])):
+                raise InputError(f"mask is {describe(self.mask)} for {len(values[0])} examples; give a row for each, or [E].")
+        values = values.detach() if self.written == "detached" else values
+        self.differences[first] = (mine.to(values.dtype) if isinstance(mine, Tensor) else mine) - values
 
     def _read(self, place: int, part: ReaderGroup, first: int, value: Tensor) -> Tensor:
-        rows, n = len(part.names), self.before[first]
+        rows, n = len(part.names), self.graph.before[first]
         if n == 0:
             return value
-        start = self.starts[first]
+        start = self.graph.starts[first]
         mask = self.mask[..., start : start + rows * n].unflatten(-1, (rows, n))
         known = [self.differences[w] for w in sorted(self.differences) if w < n]
         if sum(map(len, known)) != n:
-            raise SiteError(
-                f"{part.names[0]!r} at {part.site!r} reads before all writers that the graph puts before it have "
-                "written; list the nodes in the order of the run."
-            )
+            raise too_early(part)
         changes = part.changes(self.params, value, differences_into(mask, known))
         if not part.entrances:
             return value + changes[0]
@@ -268,21 +179,25 @@ class _EdgeMasker(Handler):
         return value
 
 
-def sites_of(parts: Sequence[WriterGroup | ReaderGroup]) -> list[str]:
-    return list(dict.fromkeys(site for part in parts for site in part.sites))
+def too_early(part: ReaderGroup) -> SiteError:
+    """The error of a reader that runs before writers that the graph puts before it."""
+    return SiteError(
+        f"{part.names[0]!r} at {part.site!r} reads before all writers that the graph puts before it have written; list the "
+        "nodes in the order of the run."
+    )
 
 
-def _plan(graph: EdgeGraph) -> dict[str, list[tuple[str, int, Any, int]]]:
+def _plan(graph: EdgeGraph, sites: dict[str, Want]) -> dict[Want, list[tuple[str, int, Any, int]]]:
     """What to do at each site, in the order of the graph: (what, number of the part, the part, number of its first node)."""
-    plan: dict[str, list[tuple[str, int, Any, int]]] = {}
+    plan: dict[Want, list[tuple[str, int, Any, int]]] = {}
     writers = readers = 0
     for place, part in enumerate(graph.parts):
         if isinstance(part, WriterGroup):
-            plan.setdefault(part.site, []).append(("write", place, part, writers))
+            plan.setdefault(sites[part.site], []).append(("write", place, part, writers))
             writers += len(part.names)
         else:
-            plan.setdefault(part.site, []).append(("read", place, part, readers))
+            plan.setdefault(sites[part.site], []).append(("read", place, part, readers))
             for number, entrance in enumerate(part.entrances):
-                plan.setdefault(entrance.site, []).append(("enter", place, part, number))
+                plan.setdefault(sites[entrance.site], []).append(("enter", place, part, number))
             readers += len(part.names)
     return plan

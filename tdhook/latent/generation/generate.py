@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor
 
-from ...core import structure
 from ...core.checks import require_positive, warn_if_stochastic
 from ...core.compat import visible
 from ...core.errors import InputError
@@ -18,6 +16,7 @@ from ...core.progress import Progress
 from ...core.structure import describe
 from ..steering.positions import Where
 from ..steering.prompts import accepted
+from .outputs import cache_in, last_logits, require_numbers, unwrapped
 from .placing import place
 from .prompts import Prompt, positions_of_model, read_prompt
 from .sampling import Sampling
@@ -28,7 +27,7 @@ class Generation(NamedTuple):
 
     Attributes:
         tokens: Tensor [B, L + N]: the prompt and N new tokens; after a stop token `pad`.
-        log_probabilities: Tensor [B, N]: of each new token under the (steered) model, before temperature and filters; 0 after
+        log_probabilities: Tensor [B, N]: of each new token under the (steered) model, before what changes logits; 0 after
             a stop token.
         lengths: Tensor [B]: how many new tokens there are, the stop token included.
         captured: for a model that captures, the TensorDict of each step that was run; else empty. With a cache a step runs the
@@ -50,6 +49,7 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None,
     generator: torch.Generator | None = None,
     stop: int | Sequence[int] | None = None,
     pad: int | None = None,
@@ -67,12 +67,15 @@ def generate(
             functional model, or a transform of one (`intervene`, `capture`, `with_rules`), where positions or a cache matter.
         params: its parameters.
         inputs: prompts: token ids [B, L], or a mapping with `input_ids`. Prompts of unequal length are padded on the left, with
-            an `attention_mask`; positions of tokens are made from it where the model takes `position_ids`. Other entries go
+            an `attention_mask`; positions of tokens are made from it where the model takes `position_ids` (a plain function
+            cannot be asked: give them). `token_type_ids` go on with the type of the last token, other entries go
             along at each step. With `decoder_input_ids` (T5) these are continued.
         max_new_tokens: N.
         temperature: 0 takes the most probable token (greedy); above 0, tokens are drawn from softmax(logits / temperature).
         top_k: draw among the k most probable tokens.
         top_p: draw among the most probable tokens that together just reach this probability. After `top_k`.
+        logits_processor: function of the tokens so far [B, L + t] (with padding) and the logits [B, V] to the logits to choose
+            by, before temperature and filters, such as one of transformers against repetition; None: the logits as they are.
         generator: for drawing; the same state gives the same tokens. It draws B * V numbers at each step.
         stop: tokens that end a continuation; None: none does.
         pad: what follows a stop token; None: the (first) stop token.
@@ -99,8 +102,9 @@ def generate(
     `randomness="same"` or `"different"`. `torch.compile` cannot trace a `Generator`, and unrolls the loop without one.
 
     Raises:
-        InputError: before anything is run, prompts that are no token ids, right padding, more tokens than positions, options
-            that have no meaning; after the first step, an output without logits, or without a cache where one was asked for.
+        InputError: before anything is run, prompts that are no token ids, right padding, more tokens than positions, edits at
+            positions that do not come, options that have no meaning; at a step, an output without logits, logits of NaN, or no
+            cache where one was asked for.
             Warns for a model in train mode.
 
     Cost: with a cache one pass over the prompt and N - 1 passes over one position; without one N passes over L to L + N - 1.
@@ -121,11 +125,15 @@ def generate(
     """
     sampling = Sampling(temperature, top_k, top_p, generator)
     require_positive("max_new_tokens", max_new_tokens)
+    if logits_processor is not None and not callable(logits_processor):
+        raise InputError(
+            f"logits_processor is {describe(logits_processor)}; give a function (tokens, logits) -> logits, or None."
+        )
     stops, padding = _stops(stop, pad)
     prompt = read_prompt(f, inputs)
     total = prompt.length + max_new_tokens - 1  # the last token is not run
     _require_room(f, prompt.length, total, position_limit)
-    _require_cache(f, cache)
+    _require_cache(f, cache, prompt)
     warn_if_stochastic(f, "generate")
 
     tokens, past, start = prompt.ids, None, 0
@@ -140,19 +148,20 @@ def generate(
         if stops is not None and visible(done) and done.all():
             break
         here = place(f, Where(start, tokens.shape[1], prompt.length, total))
-        output, values = _unwrapped(here(params, prompt.inputs(tokens, start, past)))
+        output, values = unwrapped(here(params, prompt.inputs(tokens, start, past)))
         if values is not None:
             captured.append(values)
-        logits = _last_logits(output, batch, key)
-        chosen = sampling.choose(logits)
+        logits = last_logits(output, batch, key)
+        chosen = sampling.choose(logits if logits_processor is None else _processed(logits_processor, tokens, logits))
         log = logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
+        require_numbers(log, done, step)
         lengths = lengths + (~done).long()
         if stops is not None:
             chosen, log = torch.where(done, padding, chosen), torch.where(done, 0, log)
             done = done | (chosen[:, None] == stops.to(chosen.device)).any(-1)
         logs.append(log)
         if _uses_cache(f, cache, prompt):
-            past = _cache_in(output, cache)
+            past = cache_in(output, cache)
         start = tokens.shape[1] if past is not None else 0
         tokens = torch.cat([tokens, chosen[:, None]], 1)
     missing = max_new_tokens - len(logs)
@@ -192,7 +201,7 @@ def _require_room(f: Any, length: int, total: int, limit: int | None) -> None:
     )
 
 
-def _require_cache(f: Any, cache: Any) -> None:
+def _require_cache(f: Any, cache: Any, prompt: Prompt) -> None:
     if cache not in (None, True, False):
         raise InputError(f"cache is {describe(cache)}; give True, False or None.")
     if cache and isinstance(f, FunctionalModel):
@@ -200,6 +209,8 @@ def _require_cache(f: Any, cache: Any) -> None:
             raise InputError("cache=True, but the model was made with use_cache=False; leave that out of functionalize.")
         if "past_key_values" not in accepted(f):
             raise InputError("cache=True, but the model takes no past_key_values; give cache=False.")
+    if cache and prompt.name is None:
+        raise InputError("cache=True, but a cache goes along by name; give the tokens by name too: {'input_ids': ids}.")
 
 
 def _uses_cache(f: Any, cache: bool | None, prompt: Prompt) -> bool:
@@ -209,28 +220,9 @@ def _uses_cache(f: Any, cache: bool | None, prompt: Prompt) -> bool:
     return cache
 
 
-def _cache_in(output: Any, cache: bool | None) -> Any:
-    past = output.get("past_key_values") if isinstance(output, Mapping) else getattr(output, "past_key_values", None)
-    if past is None and cache:
-        raise InputError(f"cache=True, but the output, {describe(output)}, has no past_key_values; give cache=False.")
-    return past
-
-
-def _unwrapped(output: Any) -> tuple[Any, Any]:
-    """The output of the model, and what `capture` read: a TensorDict, or the outermost first where captures are nested."""
-    values = []
-    while type(output) is tuple and len(output) == 2 and isinstance(output[1], TensorDictBase):
-        values.append(output[1])
-        output = output[0]
-    return output, values[0] if len(values) == 1 else tuple(values) or None
-
-
-def _last_logits(output: Any, batch: int, key: int | str) -> Tensor:
-    """The logits [B, V] that predict the next token, in float32 at least."""
-    try:
-        logits = output if isinstance(output, Tensor) else structure.get(output, key)
-    except (LookupError, AttributeError):
-        raise InputError(f"the output is {describe(output)}, which has no {key!r}; give key.") from None
-    if not isinstance(logits, Tensor) or logits.ndim != 3 or len(logits) != batch or not logits.shape[1]:
-        raise InputError(f"the logits are {describe(logits)} for {batch} prompts; a language model returns [B, S, V].")
-    return logits[:, -1].to(torch.promote_types(logits.dtype, torch.float32))
+def _processed(processor: Callable[[Tensor, Tensor], Tensor], tokens: Tensor, logits: Tensor) -> Tensor:
+    """What a processor makes of the logits. It gets copies, for the case that it writes in place."""
+    changed = processor(tokens.clone(), logits.clone())
+    if not isinstance(changed, Tensor) or changed.shape != logits.shape or not changed.is_floating_point():
+        raise InputError(f"logits_processor returned {describe(changed)} for {describe(logits)}; return logits [B, V].")
+    return changed

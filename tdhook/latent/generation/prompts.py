@@ -28,6 +28,7 @@ class Prompt:
         name: of the token ids among the arguments; None where they are the only one.
         mask: Tensor [B, L] and its name, or None.
         positions: Tensor [B, L], or None.
+        types: token types, Tensor [B, L], or None.
         others: arguments that stay as they are.
         batch_size: of a TensorDict, where the model takes one.
     """
@@ -36,6 +37,7 @@ class Prompt:
     name: str | None
     mask: tuple[str, Tensor] | None
     positions: Tensor | None
+    types: Tensor | None
     others: dict[str, Any]
     batch_size: torch.Size | None
 
@@ -55,6 +57,8 @@ class Prompt:
         if self.positions is not None:
             later = self.positions[:, -1:] + torch.arange(1, new + 1, device=self.positions.device)
             named["position_ids"] = torch.cat([self.positions, later], 1)[:, start:]
+        if self.types is not None:  # a new token is of the type of the last one
+            named["token_type_ids"] = torch.cat([self.types, self.types[:, -1:].expand(-1, new)], 1)[:, start:]
         if cache is not None:
             return {**named, "past_key_values": cache}
         return named if self.batch_size is None else TensorDict(named, batch_size=self.batch_size)
@@ -72,15 +76,17 @@ def read_prompt(f: Any, inputs: Any) -> Prompt:
     else:
         name, named = None, {"": inputs}
     ids = named.pop(name or "")
-    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32) or ids.ndim != 2 or not ids.shape[1]:
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32) or ids.ndim != 2 or not ids.numel():
         raise InputError(f"{name or 'inputs'} is {describe(ids)}; give token ids, an integer tensor [B, L].")
     if "past_key_values" in named:
         raise InputError("inputs has 'past_key_values'; give the whole prompt, the cache is made from it.")
     prefix = "decoder_" if name == "decoder_input_ids" else ""
-    mask = _mask(named, f"{prefix}attention_mask", ids, takes if not prefix else frozenset())
-    positions = _positions(named, ids, mask, takes if not prefix else frozenset())
-    batch_size = inputs.batch_size if isinstance(inputs, TensorDictBase) else None
-    return Prompt(ids.long(), name, mask, positions, named, batch_size)
+    takes = frozenset() if prefix else takes  # what goes with the tokens of the encoder stays as it is
+    mask = _mask(named, f"{prefix}attention_mask", ids, takes)
+    positions = _positions(named, ids, mask, takes)
+    types = None if prefix else _of_tokens(named, "token_type_ids", ids)
+    batch_size = inputs.batch_size[:1] if isinstance(inputs, TensorDictBase) else None
+    return Prompt(ids.long(), name, mask, positions, types, named, batch_size)
 
 
 def positions_of_model(f: Any) -> int | None:
@@ -115,9 +121,15 @@ def _mask(named: dict[str, Any], name: str, ids: Tensor, takes: frozenset[str]) 
 
 
 def _positions(named: dict[str, Any], ids: Tensor, mask: tuple[str, Tensor] | None, takes: frozenset[str]) -> Tensor | None:
-    given = named.pop("position_ids", None)
+    given = _of_tokens(named, "position_ids", ids)
     if given is not None:
-        if not isinstance(given, Tensor) or given.shape[-1:] != ids.shape[-1:] or given.ndim != 2:
-            raise InputError(f"position_ids is {describe(given)} for token ids of shape {list(ids.shape)}; give [B, L].")
         return given
     return positions_of(mask[1]) if mask is not None and "position_ids" in takes else None
+
+
+def _of_tokens(named: dict[str, Any], name: str, ids: Tensor) -> Tensor | None:
+    """An argument with a number for each token, which goes on as the tokens do."""
+    given = named.pop(name, None)
+    if given is None or (isinstance(given, Tensor) and given.ndim == 2 and given.shape in (ids.shape, (1, ids.shape[1]))):
+        return given
+    raise InputError(f"{name} is {describe(given)} for token ids of shape {list(ids.shape)}; give [B, L].")

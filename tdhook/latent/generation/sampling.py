@@ -68,5 +68,13 @@ def draw(probabilities: Tensor, generator: Any) -> Tensor:
     device of the generator, so that they do not depend on where the model is.
     """
     device = probabilities.device if generator is None else generator.device
-    exponential = torch.empty(probabilities.shape, dtype=probabilities.dtype, device=device).exponential_(generator=generator)
+    empty = torch.empty_like(probabilities, device=device, memory_format=torch.contiguous_format)
+    try:
+        exponential = empty.exponential_(generator=generator)
+    except RuntimeError:
+        # vmap with randomness="different" writes into batched tensors alone, as a number that it has drawn is
+        drawn = torch.rand((), generator=generator, device=device, dtype=empty.dtype)
+        exponential = torch.empty_like(probabilities + 0 * drawn.to(probabilities.device), device=device).exponential_(
+            generator=generator
+        )
     return (probabilities / exponential.to(probabilities.device)).argmax(-1)

@@ -45,7 +45,8 @@ def direct_logit_attribution(
         logit = sum_c  < component_c, w >  +  bias,    w = gradient of the logit at the last residual
 
     taken with the scale of the final norm held fixed. The norm is then affine, so that the parts sum to the target exactly.
-    What a nonlinearity after the unembedding (the cap of Gemma 2) or in a target (a probability) leaves over is in `bias`.
+    What a nonlinearity after the norm (the cap of Gemma 2, the head of a masked language model) or in a target (a probability)
+    leaves over is in `bias`.
 
     Args:
         f: functional model whose stream is a sum (`names.norm` is not `"post"`).
@@ -86,7 +87,7 @@ def direct_logit_attribution(
     _, values = read(f, params, inputs, sites)
     components = components_of(params, found, dict(zip(sites, values)), heads, None)
     final = values[sites.index(found.residual_post[-1])]
-    finish = frozen_tail(f, params, inputs, found, final)
+    finish = frozen_tail(f, params, inputs, found)
     plural = False
 
     def chosen(value: Tensor) -> Tensor:

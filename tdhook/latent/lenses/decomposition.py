@@ -11,7 +11,7 @@ from torch import Tensor
 from ...core.errors import SiteError
 from ...core.functional import FunctionalModel
 from ..names import Names
-from .stream import at_positions, named, read, require_sum
+from .stream import at_positions, named, read, require_positions, require_sum
 
 
 def component_labels(names: Names, *, heads: bool = False) -> tuple[str, ...]:
@@ -61,7 +61,7 @@ def residual_decomposition(
 
     Returns:
         Tensor [C, B, S, D], whose components `component_labels` names. Their sum is the last residual: the last one, `rest`, is
-        what no name accounts for, rounding in all known families.
+        what no name accounts for: rounding, or what a model changes between its blocks.
 
     Raises:
         SiteError: a stream that is normalised after each write; heads of a model that normalises or scales what attention
@@ -81,6 +81,7 @@ def residual_decomposition(
         >>> components.shape, torch.allclose(components.sum(0), values["transformer.h.1"], atol=1e-6)
         (torch.Size([10, 1, 3, 8]), True)
     """
+    require_positions(positions)
     found = named(f, params, inputs, names)
     require_sum(found, "residual_decomposition")
     sites = _sites(found, heads)
@@ -99,6 +100,7 @@ def head_outputs(
     """What each head adds to the residual stream: Tensor [L, H, B, S, D], `z_lh W_O,lh`, without the bias of the projection.
 
     Args and errors as `residual_decomposition`; a model with post-norm has head outputs too, which are added before the norm.
+    L counts the layers that have attention.
 
     Examples:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -107,12 +109,21 @@ def head_outputs(
         >>> head_outputs(f, params, {"input_ids": torch.tensor([[1, 2, 3]])}).shape
         torch.Size([2, 2, 1, 3, 8])
     """
+    require_positions(positions)
     found = named(f, params, inputs, names)
     _require_heads(found)
-    layouts = [found.require("head_output", layer) for layer in range(found.layers)]
-    _, values = read(f, params, inputs, [layout.site for layout in layouts])
-    parts = [_by_head(found, params, layer, at_positions(value, positions)) for layer, value in enumerate(values)]
+    layers = [layer for layer in range(found.layers) if found.attention[layer] is not None]
+    sites = [found.require("head_output", layer).site for layer in layers]
+    _, (final, *values) = read(f, params, inputs, [found.residual_post[-1], *sites])
+    if not layers:
+        found.require("attention")
+    parts = [_by_head(found, params, layer, _of_stream(z, final, positions)) for layer, z in zip(layers, values)]
     return torch.stack(parts)
+
+
+def _of_stream(value: Tensor, final: Tensor, positions: Sequence[int] | None) -> Tensor:
+    """A value at some positions of the stream; a model may join the axes of batch and position (OPT)."""
+    return at_positions(value.reshape(*final.shape[:-1], value.shape[-1]), positions)
 
 
 def _by_head(found: Names, params: Any, layer: int, z: Tensor) -> Tensor:
@@ -121,7 +132,10 @@ def _by_head(found: Names, params: Any, layer: int, z: Tensor) -> Tensor:
 
 def _require_heads(found: Names) -> None:
     for layer in range(found.layers):
-        if found.attention[layer] is not None and not found.attention_is_projection[layer]:
+        if found.attention[layer] is None:
+            continue
+        found.require("head_output", layer)
+        if not found.attention_is_projection[layer]:
             raise SiteError(
                 f"what attention writes in layer {layer} is normalised or scaled after its output projection, so it is not the "
                 "sum of its heads; leave heads out."
@@ -145,15 +159,13 @@ def components_of(params: Any, found: Names, values: dict[str, Tensor], heads: b
     final = values[found.residual_post[-1]]
 
     def part(site: str) -> Tensor:
-        return at_positions(values[site].reshape(final.shape), positions)
+        return _of_stream(values[site], final, positions)
 
     parts = [part(found.embedding)]
     for layer in range(found.layers):
         written = found.attention[layer]
         if written is not None and heads:
-            z = values[found.require("head_output", layer).site]
-            z = at_positions(z.reshape(*final.shape[:-1], z.shape[-1]), positions)
-            each = _by_head(found, params, layer, z)
+            each = _by_head(found, params, layer, part(found.require("head_output", layer).site))
             parts += [*each, part(written) - each.sum(0)]
         elif written is not None:
             parts.append(part(written))

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ...core.batching import vmap_or_loop
 from ...core.checks import require_positive
-from ...core.errors import InputError
+from ...core.errors import InputError, SiteError
 from ...core.functional import FunctionalModel
+from ...core.structure import describe
+from ...core.transforms import expand
 from ..names import Names
-from .stream import at_positions, logits_of, named, read, tail
+from .stream import at_positions, logits_of, named, read, require_positions, tail
 from .translators import Translators
 
 
@@ -40,7 +42,7 @@ def logit_lens(
         params: its parameters.
         inputs: as `f` takes them, B examples.
         names: standard names; None to find them.
-        sites: addresses of values of the residual stream, Tensor [B, S, D]; None for `names.residual_post`.
+        sites: addresses of values of the residual stream, Tensor [B, S, D], patterns too; None for `names.residual_post`.
         translators: one affine map for each site, as `fit_translators` returns them: the tuned lens.
         positions: of the logits, counted from the end if negative; None for all.
         chunk_size: how many layers go through the unembedding at once; None for all.
@@ -49,8 +51,8 @@ def logit_lens(
         Tensor [L, *logits]: [L, B, S, V] for a language model, [L, B, C] for a classifier.
 
     Raises:
-        ModelError: `f` has no sites. InputError: translators for another number of layers, positions out of range.
-        SiteError: no blocks, or a site that does not exist.
+        ModelError: `f` has no sites. InputError: translators of another shape, positions out of range.
+        SiteError: no blocks, or a site that does not exist or holds no value of the stream.
 
     Cost: one forward pass, and L passes through what follows the last block. Memory: `chunk_size` times the logits.
 
@@ -67,16 +69,31 @@ def logit_lens(
         (torch.Size([2, 1, 3, 11]), True)
     """
     require_positive("chunk_size", chunk_size, optional=True)
+    require_positions(positions)
     found = named(f, params, inputs, names)
-    chosen = found.residual_post if sites is None else tuple(sites)
-    if translators is not None and len(translators.weight) != len(chosen):
-        raise InputError(f"translators has {len(translators.weight)} maps for {len(chosen)} sites; give one for each.")
-    _, values = read(f, params, inputs, chosen)
-    stream = torch.stack([value.reshape(values[-1].shape) for value in values])
+    asked = found.residual_post if sites is None else (sites,) if isinstance(sites, str) else sites
+    chosen = [site for each in asked for site in expand(f, each)]
+    _require_fitting(translators, len(chosen), found.width)
+    _, (final, *values) = read(f, params, inputs, [found.residual_post[-1], *chosen])
+    for site, value in zip(chosen, values):
+        if value.shape[-1:] != final.shape[-1:] or value.numel() != final.numel():
+            raise SiteError(f"site {site!r} holds {describe(value)}, the residual stream {describe(final)}; give its sites.")
+    stream = torch.stack([value.reshape(final.shape) for value in values])
     if translators is not None:
         stream = translators.translate(stream)
     finish = tail(f, params, inputs, found)
     return vmap_or_loop(lambda value: _at(logits_of(found, finish(value)), positions), stream, chunk_size)
+
+
+def _require_fitting(translators: Translators | None, count: int, width: int) -> None:
+    if translators is None:
+        return
+    if not isinstance(translators, Translators):
+        raise InputError(f"translators is {describe(translators)}; give what fit_translators or train_translators returned.")
+    if len(translators.weight) != count:
+        raise InputError(f"translators has {len(translators.weight)} maps for {count} sites; give one for each.")
+    if translators.weight.shape[-1] != width:
+        raise InputError(f"translators is for a stream of {translators.weight.shape[-1]} features, this one has {width}.")
 
 
 def _at(logits: Tensor, positions: Sequence[int] | None) -> Tensor:

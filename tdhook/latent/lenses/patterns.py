@@ -7,32 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.checks import require_positive
 from ...core.errors import InputError, SiteError
 from ...core.functional import Execution, FunctionalModel
 from ...core.reading import capture
-from ...core.scope import Observer
-from ...core.sites import Site, join_path
+from ...core.sites import Site
 from ...core.structure import describe
 from ..names import Names
-from .stream import named
-
-
-class _Mixing(Observer):
-    """Computes the probabilities of fused attention from what it is called with."""
-
-    operations = True
-
-    def __init__(self, sites: list[str]):
-        self.wanted = {}
-        for text in sites:
-            site = Site.parse(text)
-            self.wanted[join_path(site.path), site.op, site.call or 0] = text
-        self.found: dict[str, Tensor] = {}
-
-    def operation(self, path: str, op: str, call: int, args: tuple, kwargs: dict, output: Any) -> None:
-        text = self.wanted.get((path, op, call))
-        if text is not None:
-            self.found[text] = _probabilities(*args, **kwargs)
+from .stream import Calls, named
 
 
 def _probabilities(
@@ -101,18 +83,25 @@ def attention_patterns(f: FunctionalModel, params: Any, inputs: Any, *, names: N
             )
     if not formed and not fused:
         raise SiteError("the model has no attention that names(...) found; print(names) says what there is.")
-    mixing = _Mixing(fused)
+    mixing = Calls(fused, _probabilities)
     execution = Execution(observer=mixing) if fused else Execution()
     if formed:
         _, values = capture(f, formed)._run(params, inputs, (), execution)
     else:
         f._run(params, inputs, (), execution)
         values = {}
+    for site in fused:
+        if site not in mixing.found:
+            raise SiteError(
+                f"the model never ran {site!r}; give names that were found with this model and the same options of it "
+                "(attention implementation, cache)."
+            )
     chosen = []
     for op, pattern in zip(found.attention_operation, found.pattern):
         if op is not None:
             chosen.append(values[pattern] if pattern is not None else mixing.found[op])
-    return torch.stack(chosen)
+    # [B * H, Q, K] where the model joins batch and heads, and [B, Q, K] where there is one head
+    return torch.stack([each.unflatten(0, (-1, found.head_count)) if each.ndim == 3 else each for each in chosen])
 
 
 def previous_token_scores(patterns: Tensor) -> Tensor:
@@ -138,7 +127,7 @@ def induction_scores(patterns: Tensor, period: int) -> Tensor:
 
     Args:
         patterns: Tensor [..., S, S] of inputs in which a random sequence of `period` tokens is repeated: token q is token
-            q - period. `repeated_tokens` makes such.
+            q - period. `repeated_tokens` makes such; leave out a token in front of them (BOS) by `patterns[..., 1:, 1:]`.
         period: length of the sequence.
 
     Returns:
@@ -178,8 +167,7 @@ def repeated_tokens(
         (torch.Size([2, 8]), True)
     """
     for name, value in {"vocabulary": vocabulary, "period": period, "batch": batch, "repeats": repeats}.items():
-        if not isinstance(value, int) or value < 1:
-            raise InputError(f"{name} is {value!r}; give an integer of at least 1.")
+        require_positive(name, value)
     device = None if generator is None else generator.device
     return torch.randint(0, vocabulary, (batch, period), generator=generator, device=device).repeat(1, repeats)
 

@@ -1,15 +1,12 @@
-"""The blocks of a transformer, and what each of them adds to the residual stream: found by following the values."""
+"""The blocks of a transformer, its attention operations and its linear maps: found by following the values."""
 
 from __future__ import annotations
 
-import math
+import itertools
 from dataclasses import dataclass, field
 
 from ...core.errors import SiteError
-from .flow import Call, Flow, Op, Ref
-
-PRODUCTS = {"matmul", "mm", "bmm", "baddbmm", "einsum"}
-FUSED = {"scaled_dot_product_attention", "multi_head_attention_forward", "flex_attention"}
+from .flow import FUSED, PRODUCTS, Call, Flow, Op, Ref
 
 
 @dataclass
@@ -21,6 +18,7 @@ class Core:
         query, key, value: what goes in; None inside of `multi_head_attention_forward`.
         mixed: the result, before the output projection.
         pattern: the probabilities as they multiply the values, with the axes of the softmax; None where fused.
+        axis: of the heads in the result.
     """
 
     op: Op
@@ -30,6 +28,7 @@ class Core:
     mixed: int
     time: int
     pattern: int | None = None
+    axis: int = -3
 
 
 @dataclass
@@ -81,15 +80,15 @@ def find_cores(flow: Flow) -> list[Core]:
         elif op.name == "softmax":
             mix, scores = _mix(flow, op), _product_behind(flow, floats[0])
             if mix is not None and scores is not None:
-                product, pattern = mix
+                product, pattern, axis = mix
                 weighed = next(v for v in product.values if pattern not in flow.behind(v, since=op.time))
                 query, key = [v for v in scores.values if flow.floating(v)][-2:]
-                found.append(Core(op, query, key, weighed, product.outputs[0][1], product.time, pattern))
+                found.append(Core(op, query, key, weighed, product.outputs[0][1], product.time, pattern, axis))
     return found
 
 
-def _mix(flow: Flow, softmax: Op) -> tuple[Op, int] | None:
-    """The product of attention probabilities and values, and the probabilities as they come there."""
+def _mix(flow: Flow, softmax: Op) -> tuple[Op, int, int] | None:
+    """The product of attention probabilities and values, the probabilities as they come there, and the axis of its heads."""
     start = softmax.outputs[0][1]
     ahead = [(start, start)]
     while ahead:
@@ -101,12 +100,21 @@ def _mix(flow: Flow, softmax: Op) -> tuple[Op, int] | None:
             if op.name in PRODUCTS:
                 others = [v for v in op.values if v != value and flow.floating(v)]
                 if others and not any(v in flow.weights for v in others):
-                    return op, pattern
+                    return op, pattern, _head_axis(op, value)
             elif made != value and flow.shape(made)[:-1] == flow.shape(start)[:-1]:
                 ahead.append((made, made))
             elif made != value and op.name in ("view", "reshape"):
                 ahead.append((made, pattern))
     return None
+
+
+def _head_axis(product: Op, pattern: int) -> int:
+    """Where the axis that the pattern [..., head, query, key] has for heads is in the product."""
+    if product.name != "einsum" or not isinstance(product.args[0], str):
+        return -3
+    taken, _, made = product.args[0].replace(" ", "").partition("->")
+    letter = taken.split(",")[product.values.index(pattern)][-3:-2]
+    return made.index(letter) - len(made) if letter.isalpha() and letter in made else -3
 
 
 def _product_behind(flow: Flow, value: int) -> Op | None:
@@ -151,24 +159,28 @@ def find_blocks(flow: Flow, cores: list[Core], given: list[str] | None) -> list[
     """The repeated modules that pass the residual stream on. Raises `SiteError` where there are none, or several stacks."""
     if given is not None:
         chosen = [block for call in flow.calls if call.path in given and (block := _as_block(flow, call)) is not None]
-        if not chosen:
-            raise SiteError(f"blocks={given!r}: none of these modules ran and returned a value of the shape that it got.")
+        others = [path for path in given if path not in {block.call.path for block in chosen}]
+        if others:
+            raise SiteError(f"blocks has {others[0]!r}, which never ran, or returned no value of the shape that it got.")
         return chosen
+
+    def attends(block: Block) -> bool:
+        return any(block.holds(core.time) for core in cores)
+
     groups: dict[str, list[Block]] = {}
     for call in flow.calls:
         block = _as_block(flow, call)
         parent, _, last = call.path.rpartition(".")
-        attends = block is not None and any(block.holds(core.time) for core in cores)
-        if block is not None and last.isdecimal() and (call.children or attends):
+        if block is not None and last.isdecimal() and (call.children or attends(block)):
             groups.setdefault(parent, []).append(block)
-    stacks = {p: g for p, g in groups.items() if any(b.holds(core.time) for b in g for core in cores)}
-    outer = {
-        parent: stack
-        for parent, stack in stacks.items()
-        if not any(b.holds(stack[0].start) for other, blocks in stacks.items() if other != parent for b in blocks)
-    }
-    if len(outer) == 1:
-        return next(iter(outer.values()))
+    stacks = {parent: group for parent, group in groups.items() if any(map(attends, group))}
+    outer = _outermost(stacks)
+    while len(outer) == 1:
+        (stack,) = outer.values()
+        inner = {p: blocks for p, blocks in stacks.items() if len(stack) == 1 and stack[0].holds(blocks[0].start)}
+        if not inner or not all(map(attends, itertools.chain(*inner.values()))):
+            return stack
+        outer = _outermost(inner)  # a whole encoder that is a numbered module, as in nn.Sequential, is no block
     if outer:
         shown = ", ".join(repr(f"{parent}.*") for parent in outer)
         raise SiteError(f"the model has several stacks of blocks: {shown}; say which with blocks='{next(iter(outer))}.*'.")
@@ -176,6 +188,15 @@ def find_blocks(flow: Flow, cores: list[Core], given: list[str] | None) -> list[
         "no blocks were found: numbered modules (of a ModuleList, say) that return a value of the shape that they got, with "
         "attention (a softmax that multiplies values, or a fused attention operation) inside; give blocks='path.*'."
     )
+
+
+def _outermost(stacks: dict[str, list[Block]]) -> dict[str, list[Block]]:
+    """The stacks that lie in no block of another."""
+    return {
+        parent: stack
+        for parent, stack in stacks.items()
+        if not any(b.holds(stack[0].start) for other, blocks in stacks.items() if other != parent for b in blocks)
+    }
 
 
 def _as_block(flow: Flow, call: Call) -> Block | None:
@@ -187,77 +208,6 @@ def _as_block(flow: Flow, call: Call) -> Block | None:
             if fits and taken[1] != returned[1]:
                 return Block(call, taken, returned)
     return None
-
-
-def decompose(flow: Flow, block: Block, norms: dict[int, int]) -> None:
-    """Walks from the output of a block back to its input, and notes what was added on the way.
-
-    Of the two parts of a sum the stream is the one that the input reaches by sums alone; after a norm the one that the other
-    is computed from.
-
-    Args:
-        flow: the run.
-        block: gets `stream`, `writes` and `normed`.
-        norms: from the output of each norm to its input.
-    """
-    start, end = block.input[1], block.output[1]
-    value, block.stream = end, [end]
-    while value != start:
-        op = flow.maker[value]
-        if op is None or op.time < block.start:
-            raise SiteError(f"the output of {block.call.path!r} does not lead back to its input by sums and norms")
-        parts = _summands(flow, op, value)
-        if value in norms:
-            value, block.normed = norms[value], True
-        elif parts is not None:
-            stream, write = _stream_first(flow, block, start, *parts)
-            block.writes.insert(0, write)
-            value = stream
-        else:
-            same = [v for v in op.values if v not in flow.weights and math.prod(flow.shape(v)) == math.prod(flow.shape(value))]
-            if len(same) != 1:
-                raise SiteError(
-                    f"the residual stream of {block.call.path!r} goes through {flow.address(op, 'out', ())!r}, which is no sum"
-                )
-            value = same[0]
-        block.stream.append(value)
-
-
-def _summands(flow: Flow, op: Op, value: int) -> tuple[int, int] | None:
-    whole = [v for v in op.values if flow.shape(v) == flow.shape(value)]
-    return (whole[0], whole[1]) if op.name == "add" and len(op.inputs) == 2 and len(whole) == 2 else None
-
-
-def _stream_first(flow: Flow, block: Block, start: int, a: int, b: int) -> tuple[int, int]:
-    def by_sums(value: int) -> bool:
-        op = flow.maker[value]
-        if value == start:
-            return True
-        parts = _summands(flow, op, value) if op is not None and op.time > block.start else None
-        return parts is not None and any(map(by_sums, parts))
-
-    first, second = by_sums(a), by_sums(b)
-    if first == second:
-        first = a in flow.behind(b, since=block.start)
-        second = b in flow.behind(a, since=block.start)
-    if first == second:
-        raise SiteError(f"a sum in {block.call.path!r} adds two values of which neither is known to be the residual stream")
-    return (a, b) if first else (b, a)
-
-
-def split_parallel(flow: Flow, block: Block, cores: list[Core]) -> None:
-    """A single write that is the sum of attention and something else becomes two."""
-    if len(block.writes) != 1:
-        return
-    write = block.writes[0]
-    op = flow.maker[write]
-    parts = _summands(flow, op, write) if op is not None else None
-    if parts is None:
-        return
-    mixed = {core.mixed for core in cores if block.holds(core.time)}
-    attends = [bool(mixed & flow.behind(part, block.stream, block.start)) for part in parts]
-    if attends[0] != attends[1]:
-        block.writes = list(parts) if attends[0] else [parts[1], parts[0]]
 
 
 def last_linear(flow: Flow, write: int, since: int, source: int) -> Linear | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ...core.errors import SiteError
-from .blocks import Block, Core, Linear, decompose, find_blocks, find_cores, last_linear, linear, split_parallel
+from .blocks import Block, Core, Linear, find_blocks, find_cores, last_linear, linear
+from .decompose import decompose, split_parallel
 from .flow import NORMS, Call, Flow, Op
 from .heads import Found, attention_heads, attention_output, projection_of, returned, site_of
 from .layout import Norm
@@ -53,7 +54,7 @@ def find(flow: Flow, blocks: list[str] | None) -> Found:
     entries["head_count"] = heads.heads if heads else first.get("heads", layers[0].get("heads"))
     entries["head_size"] = heads.size if heads else None
     entries["kv_head_count"] = None  # counted once everything is there, with what is given
-    entries |= _ends(flow, stack, norms, found, entries["width"])
+    entries |= _ends(flow, stack, cores, norms, found)
     found.entries |= entries
     return found
 
@@ -84,7 +85,7 @@ def _layer(flow: Flow, block: Block, cores: list[Core], norms: list, found: Foun
         projection = last_linear(flow, write, block.start, core.mixed)
         layer |= attention_output(flow, core, projection, layer.get("heads"), found)
         if projection is not None:
-            layer["exact"] = _moved_only(flow, write, returned(flow, projection)[1], block.start)
+            layer["exact"] = flow.moved_only(write, returned(flow, projection)[1], block.start)
         layer["attention_norm"] = _read_norm(flow, block, made_from, norms)
         found.reads_normed.append(layer["attention_norm"] is not None)
         found.writes_normed.append(_writes_norm(flow, write, projection, norms, block))
@@ -143,63 +144,64 @@ def _norm_kind(stack: list[Block], found: Found) -> str:
     return "sandwich" if reads and writes else "pre" if reads else "output" if writes else "none"
 
 
-def _ends(flow: Flow, stack: list[Block], norms: list, found: Found, width: int) -> dict[str, Any]:
+def _ends(flow: Flow, stack: list[Block], cores: list[Core], norms: list, found: Found) -> dict[str, Any]:
     """What comes before the first block and after the last."""
     first, last = stack[0], stack[-1]
+    final, since = last.output[1], last.call.end
+    root = next(call for call in flow.calls if call.path == "")
     entries: dict[str, Any] = {"embedding": flow.address(first.call, "in", first.input[0])}
-    before = [op for op in flow.ops if op.name == "embedding" and op.time < first.start]
-    tables = [flow.weights.get(v) for op in before for v in op.values if v in flow.weights]
-    made_from = flow.behind(first.input[1])
-    used = [name for op, name in zip(before, tables) if op.outputs[0][1] in made_from]
-    entries["token_embedding"] = used[0] if used else None
-    if not used:
+    entries["token_embedding"] = _token_embedding(flow, first, root)
+    if entries["token_embedding"] is None:
         found.lack("the first block reads no table of embeddings", "token_embedding")
 
     entries["final_norm"] = entries["final_scale"] = None
     for at, read, _ in norms:
-        if _time(at) > last.call.end and _moved_only(flow, read, last.output[1], last.call.end):
+        if _time(at) > since and flow.moved_only(read, final, since):
             entries["final_norm"] = flow.address(at, "out", ())
-            entries["final_scale"] = _norm(flow, at)
+            entries["final_scale"] = final_scale(flow, at, found)
             break
     else:
-        found.lack("no norm reads the last residual", "final_norm")
+        found.lack("no norm reads the last residual", "final_norm", "final_scale")
 
-    maps = [map_ for op in flow.ops if op.time > last.call.end and (map_ := linear(flow, op)) is not None]
-    maps = [m for m in maps if last.output[1] in flow.behind(m.input, since=last.call.end)]
-    maps = [m for m in maps if flow.shape(m.output)[-1] != width]
-    entries["unembedding"] = projection_of(flow, maps[-1]) if maps else None
-    if not maps:
-        found.lack("no linear map to another width comes after the last block", "unembedding")
-    root = next(call for call in flow.calls if call.path == "")
-    source = maps[-1].output if maps else last.output[1]
-    depends = [keys for keys, v in root.outputs if source in flow.behind(v, since=last.call.end)]
-    if not depends:
-        depends = [keys for keys, v in root.outputs if last.output[1] in flow.behind(v, since=last.call.end)] or [()]
-    entries["logits"] = flow.address(root, "out", depends[0])
+    outputs = [(keys, flow.behind(v, since=since), v) for keys, v in root.outputs]
+    outputs = [output for output in outputs if final in output[1]]
+    entries["logits"] = flow.address(root, "out", outputs[0][0] if outputs else ())
+    entries["unembedding"] = None
+    if any(core.time > since and final in flow.behind(core.mixed, since=since) for core in cores):
+        found.lack("attention stands between the last block and the output", "unembedding")
+        return entries
+    maps = [m for op in flow.ops if op.time > since and (m := linear(flow, op)) and final in flow.behind(m.input, since=since)]
+    for keys, made_from, value in outputs:
+        width = flow.shape(final)[-1]
+        own = [m for m in maps if m.output in made_from]
+        own = [m for m in own if flow.shape(m.output)[-1] != width or flow.moved_only(value, m.output, since)]
+        if own and flow.shape(value):  # a loss is no logit
+            entries["unembedding"] = projection_of(flow, own[-1])
+            entries["logits"] = flow.address(root, "out", keys)
+            return entries
+    found.lack("no linear map to another width comes after the last block", "unembedding")
     return entries
 
 
-def _norm(flow: Flow, at: Call | Op) -> Norm:
-    op = at if isinstance(at, Op) else next(op for op in at.ops if op.name in NORMS)
-    site = flow.address(op, "out", ())
-    if op.name not in ("layer_norm", "rms_norm"):
-        return Norm(site)
-    names = ("input", "normalized_shape", "weight", *(("bias",) if op.name == "layer_norm" else ()), "eps")
-    given = {**dict(zip(names, op.args)), **op.kwargs}
-    weight, bias = (flow.weights.get(getattr(given.get(name), "value", -1)) for name in ("weight", "bias"))
-    eps = given.get("eps", 1e-5 if op.name == "layer_norm" else None)
-    return Norm(site, weight, bias, eps, op.name == "layer_norm")
+def _token_embedding(flow: Flow, first: Block, root: Call) -> str | None:
+    """The table that the inputs are looked up in on the way to the first block; not one of positions, if there are both."""
+    made_from, given = flow.behind(first.input[1]), [value for _, value in root.inputs]
+    tables: list[tuple[bool, str]] = []
+    for op in flow.ops:
+        if op.name not in ("embedding", "getitem") or op.time > first.start or op.outputs[0][1] not in made_from:
+            continue
+        table = next((v for v in op.values if v in flow.weights and flow.floating(v)), None)
+        index = next((v for v in op.values if not flow.floating(v)), None)
+        if table is not None and index is not None and not flow.behind(index).isdisjoint(given):
+            tables.append((any(flow.moved_only(index, value, 0) for value in given), flow.weights[table]))
+    return next((name for direct, name in tables if direct), tables[0][1] if tables else None)
 
 
-def _moved_only(flow: Flow, value: int, source: int, since: int) -> bool:
-    """Whether a value is the source, or some positions of it."""
-    while value != source:
-        op = flow.maker[value]
-        if (
-            op is None
-            or op.time < since
-            or op.name not in ("getitem", "view", "reshape", "to", "dropout", "contiguous", "select")
-        ):
-            return False
-        value = op.inputs[0][1]
-    return True
+def final_scale(flow: Flow, at: Call | Op, found: Found) -> Norm | None:
+    """Where a norm computes its scale."""
+    op = at if isinstance(at, Op) else next(op for op in at.ops if flow.normalises(op))
+    shape = op.args[1] if len(op.args) > 1 else op.kwargs.get("normalized_shape")
+    if op.name in NORMS and (shape is None or len(shape) != 1):
+        found.lack("the final norm goes over several axes", "final_scale")
+        return None
+    return Norm(flow.address(op, "out", op.outputs[0][0]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...core.compat import storage_key
+from ...core.errors import TdhookError
 from ...core.functional import Execution, FunctionalModel
 from ...core.scope import Observer
 from ...core.sites import Site
@@ -23,8 +24,14 @@ SAME = {
 }  # fmt: skip
 # Operations whose result takes nothing but a shape from their input.
 FRESH = {"new_empty", "new_zeros", "new_ones", "new_full", "empty_like", "zeros_like", "ones_like", "full_like", "size"}
+# Operations after which a value is what it was, or some positions of it.
+MOVED = {"getitem", "view", "reshape", "to", "float", "type_as", "dropout", "contiguous", "select"}
 UNSEEN = {"alias", "written"}  # makers of values that no operation returned: they have no site
-NORMS = {"layer_norm", "rms_norm", "rsqrt", "group_norm"}
+PRODUCTS = {"matmul", "mm", "bmm", "baddbmm", "einsum"}
+FUSED = {"scaled_dot_product_attention", "multi_head_attention_forward", "flex_attention"}
+MIXING = {*PRODUCTS, *FUSED, "linear", "addmm", "softmax", "conv1d", "conv2d"}  # no norm does any of these
+NORMS = {"layer_norm", "rms_norm"}
+SCALES = {"rsqrt", "sqrt", "std", "norm", "vector_norm"}  # in a norm that is written out
 
 
 @dataclass(frozen=True)
@@ -218,18 +225,44 @@ class Flow(Observer):
             ahead += new
         return found
 
+    def normalises(self, op: Op) -> bool:
+        """Whether an operation is a norm, or makes the scale of one that is written out: a root, one for each position."""
+        root = op.name in SCALES or (op.name == "pow" and op.args[-1] in (0.5, -0.5))
+        return op.name in NORMS or (root and bool(op.inputs) and self.shape(op.outputs[0][1])[-1:] == (1,))
+
     def norm_calls(self) -> Iterator[tuple[Call | Op, int, int]]:
-        """Normalisations as (module call or operation, input, output): modules of shape-preserving operations with a norm."""
+        """Normalisations as (module call or operation, input, output): modules that do nothing but normalise one value."""
         paths = set()
         for call in self.calls:
-            floats = [value for _, value in call.inputs if self.floating(value)]
-            leaf = not call.children and len(call.outputs) == 1 and any(op.name in NORMS for op in call.ops)
-            if leaf and floats and self.shape(floats[0]) == self.shape(call.outputs[0][1]):
+            names = {op.name for op in call.ops}
+            if call.children or len(call.outputs) != 1 or names & MIXING or not any(map(self.normalises, call.ops)):
+                continue
+            made = call.outputs[0][1]
+            alike = {value for _, value in call.inputs if self.floating(value) and self.shape(value) == self.shape(made)}
+            if len(alike) == 1:
                 paths.add(call.path)
-                yield call, floats[0], call.outputs[0][1]
+                yield call, alike.pop(), made
         for op in self.ops:
-            if op.name in ("layer_norm", "rms_norm") and op.path not in paths:
+            if op.name in NORMS and op.path not in paths:
                 yield op, op.inputs[0][1], op.outputs[0][1]
+
+    def value_at(self, site: str) -> int | None:
+        """The value that a module or operation returns at an address."""
+        places: list[Call | Op] = [*self.calls, *self.ops]
+        for at in places:
+            for keys, value in at.outputs:
+                if self.address(at, "out", keys) == site:
+                    return value
+        return None
+
+    def moved_only(self, value: int, source: int, since: int) -> bool:
+        """Whether a value is the source, or some positions of it."""
+        while value != source:
+            op = self.maker[value]
+            if op is None or op.time < since or op.name not in MOVED or not op.inputs:
+                return False
+            value = op.inputs[0][1]
+        return True
 
 
 def record(f: FunctionalModel, params: Any, inputs: Any) -> Flow:
@@ -240,8 +273,15 @@ def record(f: FunctionalModel, params: Any, inputs: Any) -> Flow:
         f._run(params, inputs, (), Execution(observer=flow))
         return flow.finish()
 
+    return looked_at(f, run, params, inputs)
+
+
+def looked_at(f: FunctionalModel, run: Callable, params: Any, inputs: Any) -> Any:
+    """`run(params, inputs)` on fake tensors where the model allows it."""
     try:
-        return run_abstract(run, params, inputs)
+        return run_abstract(f, run, params, inputs)
+    except TdhookError:
+        raise
     except Exception:
         # Its control flow depends on values, or it leaves torch. A real error shows here.
         with torch.no_grad():

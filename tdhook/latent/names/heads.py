@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +10,7 @@ from .flow import Call, Flow
 from .layout import HeadLayout, Projection
 from .origins import heads_from, numbered, origins, regular
 
-MOVED = ("view", "reshape", "transpose", "to", "contiguous", "flatten")
+WITHOUT_WORK = ("view", "reshape", "transpose", "size", "to", "contiguous", "flatten")
 
 
 @dataclass
@@ -41,27 +40,30 @@ def attention_heads(flow: Flow, block: Block, core: Core, found: Found) -> dict[
     entries: dict[str, Any] = {"attention_operation": flow.address(core.op, "out", core.op.outputs[0][0])}
     if core.query is None or core.key is None or core.value is None:
         entries["heads"] = core.op.args[4]
-        found.lack("torch computes this attention inside of one function", "query", "key", "value", "pattern", "head_output")
+        found.lack("torch computes this attention inside of one function",
+                   "query", "key", "value", "pattern", "head_output", "output_projection")  # fmt: skip
         return entries
-    if core.op.name == "softmax":
-        assert core.pattern is not None
+    if core.pattern is not None:
         entries["pattern"] = site_of(flow, core.pattern, block.call)
-        shape, batch = flow.shape(core.op.outputs[0][1]), flow.shape(block.input[1])[0]
-        entries["heads"] = shape[-3] if len(shape) > 3 else max(1, shape[0] // batch) if len(shape) == 3 else 1
+        shape = flow.shape(core.op.outputs[0][1])
     else:
         found.lack("a fused kernel never forms it; latent.lenses.attention_patterns computes it", "pattern")
         shape = flow.shape(core.query)
-        entries["heads"] = shape[-3] if len(shape) > 2 else 1
-    size: int | None = None
+    counted = {"heads": shape[-3]} if len(shape) > 3 else {"size": flow.shape(core.query)[-1]}
     for name in ("query", "key", "value"):
-        counted = {"heads": entries["heads"]} if name == "query" else {"size": size or flow.shape(core.query)[-1]}
         if name == "value":
             counted = {"size": flow.shape(core.mixed)[-1]}
         entries[name] = _projected(flow, block, core, getattr(core, name), counted)
         if entries[name] is None:
             found.lack(f"the {name} of attention is not one linear map of the stream whose heads lie evenly", name)
-        elif name == "query":
-            size = entries[name].size
+        if name == "query":
+            counted = {"size": entries[name].size if entries[name] else flow.shape(core.query)[-1]}
+    if len(shape) > 3:
+        entries["heads"] = shape[-3]
+    elif entries["query"] is not None:
+        entries["heads"] = entries["query"].heads
+    else:
+        entries["heads"] = max(1, shape[0] // flow.shape(block.input[1])[0]) if len(shape) == 3 else 1
     return entries
 
 
@@ -77,13 +79,13 @@ def _projected(flow: Flow, block: Block, core: Core, read: int, counted: dict[st
 def attention_output(flow: Flow, core: Core, projection: Linear | None, heads: int | None, found: Found) -> dict[str, Any]:
     """The heads that the output projection reads, and the projection."""
     if core.query is None:
-        return {"output_projection": _inside_of_attention(flow, core)}
+        return {}
     if projection is None:
         found.lack("attention does not end with one linear map", "head_output", "output_projection")
         return {}
     entries: dict[str, Any] = {"output_projection": projection_of(flow, projection)}
     mixed = flow.shape(core.mixed)
-    places = numbered(flow, core.mixed, *((-3, -1) if len(mixed) > 3 or heads == mixed[0] else (-1,)))
+    places = numbered(flow, core.mixed, *((core.axis, -1) if len(mixed) > 3 or heads == mixed[0] else (-1,)))
     if len(mixed) == 3 and heads not in (1, mixed[0]) and heads:
         # [B * H, S, d]: the head is the remainder of the first axis.
         places = numbered(flow, core.mixed, 0, -1) % (heads * mixed[-1])
@@ -100,14 +102,6 @@ def attention_output(flow: Flow, core: Core, projection: Linear | None, heads: i
     else:
         entries["head_output"] = HeadLayout(entries["output_projection"].input, layout[0], mixed[-1], layout[1])
     return entries
-
-
-def _inside_of_attention(flow: Flow, core: Core) -> Projection | None:
-    values: Callable = lambda i, name: core.op.args[i] if len(core.op.args) > i else core.op.kwargs.get(name)  # noqa: E731
-    weight, bias = values(11, "out_proj_weight"), values(12, "out_proj_bias")
-    name = flow.weights.get(getattr(weight, "value", -1))
-    site = flow.address(core.op, "out", core.op.outputs[0][0])
-    return None if name is None else Projection(site, site, name, flow.weights.get(getattr(bias, "value", -1)), True)
 
 
 def returned(flow: Flow, map_: Linear) -> tuple[str, int]:
@@ -133,9 +127,7 @@ def _module(flow: Flow, map_: Linear) -> Call | None:
     """The call of a module that does nothing but this linear map, up to views."""
     for call in flow.calls:
         if call.path == map_.op.path and call.start < map_.op.time < call.end:
-            work = [
-                op for op in call.ops if op.name not in ("view", "reshape", "transpose", "size", "to", "contiguous", "flatten")
-            ]
+            work = [op for op in call.ops if op.name not in WITHOUT_WORK]
             single = work == [map_.op] and not call.children and len(call.inputs) == 1 and len(call.outputs) == 1
             return call if single and call.outputs[0][0] == () else None
     return None

@@ -60,7 +60,7 @@ class HeadLayout:
         return value[..., self.features(value.device)]
 
     def merge(self, value: Tensor, heads: Tensor) -> Tensor:
-        """A copy of `value` [..., width] whose heads are `heads` [..., heads, size]; the reverse of `split`.
+        """`value` [..., width] with `heads` [..., heads, size] in it, which broadcast; the reverse of `split`.
 
         Raises `InputError` for shapes that do not fit.
         """
@@ -69,8 +69,12 @@ class HeadLayout:
         if value.ndim == 0 or value.shape[-1] < self.stop:
             raise InputError(f"value is {describe(value)}; at {self.site!r} heads reach up to feature {self.stop - 1}.")
         flat = heads.flatten(-2)
+        try:
+            shape = torch.broadcast_shapes(flat.shape[:-1], value.shape[:-1])
+        except RuntimeError:
+            raise InputError(f"heads is {describe(heads)}, which does not broadcast to value, {describe(value)}.") from None
         if self.contiguous and self.stop - self.starts[0] == value.shape[-1]:
-            return flat.to(value.dtype)
+            return flat.to(value.dtype).expand(*shape, -1)
         place = torch.full((value.shape[-1],), -1, device=value.device)
         place = place.scatter(0, self.features(value.device).flatten(), torch.arange(flat.shape[-1], device=value.device))
         return torch.where(place >= 0, flat[..., place.clamp(min=0)].to(value.dtype), value)
@@ -106,23 +110,21 @@ class Projection:
 
 @dataclass(frozen=True)
 class Norm:
-    """How a norm computes: what is needed to hold its scale fixed.
+    """Where a norm computes its scale, so that it can be held fixed.
 
     Attributes:
-        operation: site of the operation that normalises: `layer_norm`, `rms_norm`, or the `rsqrt` of one that is written out.
-        weight: name of the scales in `params`, or None; of a norm that is written out always None.
-        bias: name of the shifts, or None.
-        eps: what is added to the variance; None for the smallest step of the type, or where the norm is written out.
-        centred: whether the mean is subtracted, as in layer norm.
+        operation: site of the operation that normalises: `layer_norm`, `rms_norm`, or the root (`rsqrt`, say) of a norm that is
+            written out.
     """
 
     operation: str
-    weight: str | None = None
-    bias: str | None = None
-    eps: float | None = None
-    centred: bool = False
+
+    @property
+    def kind(self) -> str:
+        """The name of the operation."""
+        return self.operation.rpartition("/")[2].partition("@")[0]
 
     @property
     def written_out(self) -> bool:
         """Whether several operations make up the norm."""
-        return self.operation.partition("/")[2].startswith("rsqrt")
+        return self.kind not in ("layer_norm", "rms_norm")

@@ -9,27 +9,17 @@ from typing import Any
 import torch
 
 from ...core.checks import require_positive
-from ...core.errors import InputError, SiteError, TdhookError, did_you_mean
+from ...core.errors import InputError, SiteError, did_you_mean
 from ...core.functional import FunctionalModel
 from ...core.reading import capture
 from ...core.structure import describe, tensors
-from ...core.tracing import run_abstract
 from ...core.transforms import expand, require_sites
 from .blocks import linear
-from .find import find
-from .flow import Flow, record
+from .find import final_scale, find
+from .flow import Flow, looked_at, record
 from .heads import Found
 from .layout import HeadLayout, Projection
-from .table import Names
-
-SITES = (
-    "residual_pre", "residual_mid", "residual_post", "attention", "mlp", "pattern", "attention_operation", "neurons",
-    "attention_norm", "mlp_norm",
-)  # fmt: skip
-SINGLE = ("embedding", "final_norm", "logits")
-LAYOUTS = ("query", "key", "value", "head_output")
-PROJECTIONS = ("output_projection", "down_projection")
-GIVEN = (*SITES, *SINGLE, *LAYOUTS, *PROJECTIONS, "unembedding")
+from .table import GIVEN, LAYOUTS, PROJECTIONS, SINGLE, SITES, Names
 
 
 def names(
@@ -150,6 +140,19 @@ def _give(f: FunctionalModel, flow: Flow, found: Found, name: str, value: str | 
         found.entries[name] = tuple(HeadLayout(site, (0,), 0) for site in sites)  # `_check` measures them
     else:
         found.entries[name] = sites[0] if single else tuple(sites)
+    if name == "final_norm":
+        at = next((at for at, _, _ in flow.norm_calls() if flow.address(at, "out", ()) == sites[0]), None)
+        found.entries["final_scale"] = None if at is None else final_scale(flow, at, found)
+    if name in ("attention", "output_projection"):
+        pairs = zip(found.entries["attention"], found.entries["output_projection"])
+        found.entries["attention_is_projection"] = tuple(_is_projection(flow, *pair) for pair in pairs)
+
+
+def _is_projection(flow: Flow, site: str | None, projection: Projection | None) -> bool:
+    if site is None or projection is None:
+        return False
+    written, returned = flow.value_at(site), flow.value_at(projection.site)
+    return written is not None and returned is not None and flow.moved_only(written, returned, 0)
 
 
 def _check(
@@ -168,19 +171,11 @@ def _check(
     def shapes(params: Any, inputs: Any) -> dict[str, tuple[int, ...]]:
         return {keys[0]: tuple(value.shape) for keys, value in tensors(reader(params, inputs)[1])}
 
-    try:
-        found_shapes = run_abstract(shapes, params, inputs)
-    except TdhookError:
-        raise
-    except Exception:
-        with torch.no_grad():
-            found_shapes = shapes(params, inputs)
+    found_shapes = looked_at(f, shapes, params, inputs)
     stream = found_shapes[entries["residual_pre"][0]]
     for name in ("residual_pre", "residual_mid", "residual_post", "attention", "mlp"):
         for site in entries[name]:
-            if site is not None and (
-                math.prod(found_shapes[site]) != math.prod(stream) or found_shapes[site][-1] != stream[-1]
-            ):
+            if site is not None and not _same_size(found_shapes[site], stream):
                 raise SiteError(
                     f"{name} {site!r} has the shape {list(found_shapes[site])}, the residual stream {list(stream)}; "
                     f"give another by names(..., {name}=...)."

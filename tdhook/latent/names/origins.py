@@ -86,6 +86,12 @@ def table(places: Tensor, size: int) -> Tensor | None:
     return places if places.ndim == 2 and places.shape[1] == size else None
 
 
+def _once(places: Tensor, heads: int) -> Tensor:
+    """The first `heads` rows, if the others repeat them."""
+    again, left = divmod(len(places), heads)
+    return places[:heads] if not left and torch.equal(places, places[:heads].repeat(again, 1)) else places
+
+
 def regular(places: Tensor) -> tuple[tuple[int, ...], int] | None:
     """(starts, step) of heads whose features are evenly spaced; else None."""
     step = int(places[0, 1] - places[0, 0]) if places.shape[1] > 1 else 1
@@ -125,7 +131,11 @@ def heads_from(
         return None
     for places in known.values():  # in the order of time: before grouped heads are repeated
         found = table(places, size)
-        if found is not None and found.numel() == len(used) and set(found.flatten().tolist()) == used:
+        if found is None or set(found.flatten().tolist()) != used:
+            continue
+        # Where the batch is joined with the heads, they come again for each example.
+        found = _once(found, len(used) // size)
+        if found.numel() == len(used):
             layout = regular(found)
             return None if layout is None else (*layout, size)
     return None

@@ -7,8 +7,18 @@ from typing import Any
 
 from torch import Tensor
 
-from ...core.errors import SiteError
+from ...core.errors import InputError, SiteError, did_you_mean
 from .layout import HeadLayout, Norm, Projection
+
+# What `names(...)` takes.
+SITES = (
+    "residual_pre", "residual_mid", "residual_post", "attention", "mlp", "pattern", "attention_operation", "neurons",
+    "attention_norm", "mlp_norm",
+)  # fmt: skip
+SINGLE = ("embedding", "final_norm", "logits")
+LAYOUTS = ("query", "key", "value", "head_output")
+PROJECTIONS = ("output_projection", "down_projection")
+GIVEN = (*SITES, *SINGLE, *LAYOUTS, *PROJECTIONS, "unembedding")
 
 Sites = tuple[str | None, ...]
 Layouts = tuple[HeadLayout | None, ...]
@@ -44,9 +54,9 @@ class Names:
         attention_norm: [L] the normalised stream that attention reads.
         mlp_norm: [L] the normalised stream that the MLP reads.
         final_norm: the normalised stream that the unembedding reads.
-        final_scale: how that norm computes.
-        unembedding: the linear map from there to the logits.
-        logits: the first output of the model that depends on the unembedding, or on the last block where there is none.
+        final_scale: where that norm computes its scale.
+        unembedding: the linear map from there to the logits; None where attention comes between (a decoder after an encoder).
+        logits: the first output of the model, but a loss, that depends on the unembedding, or else on the last block.
         head_count: H, query heads of a block.
         kv_head_count: key-value heads, each shared by H / kv_head_count query heads in a row.
         head_size: d, features of `head_output` of one head.
@@ -98,18 +108,31 @@ class Names:
     def require(self, name: str, layer: int | None = None) -> Any:
         """The entry called `name`, of one layer where there is one for each; negative layers count from the end.
 
-        Raises `SiteError` with the reason where it was not found.
+        Raises `SiteError` with the reason where it was not found (of all layers: in none of them), `InputError` for a name
+        that is no entry.
         """
+        known = [each.name for each in fields(self)]
+        if name not in known:
+            raise InputError(f"{name!r} is no entry of Names." + did_you_mean(name, known))
         entry = getattr(self, name)
         if layer is not None:
+            if not isinstance(entry, tuple) or name == "missing":
+                raise InputError(f"{name} is one for the whole model; leave out layer={layer}.")
             if not -self.layers <= layer < self.layers:
                 raise SiteError(f"layer {layer} is out of range; the model has {self.layers} blocks.")
             entry = entry[layer]
-        if entry is None:
+        if entry is None or (isinstance(entry, tuple) and entry and all(each is None for each in entry)):
             at = "" if layer is None else f" of layer {layer}"
             reason = dict(self.missing).get(name, "the model has none there")
-            raise SiteError(f"{name}{at} was not found: {reason}; give it by names(..., {name}=...).")
+            raise SiteError(
+                f"{name}{at} was not found: {reason}" + (f"; give it by names(..., {name}=...)." if name in GIVEN else ".")
+            )
         return entry
+
+    def _layout(self, name: str, layer: int) -> HeadLayout:
+        if name not in LAYOUTS:
+            raise InputError(f"{name!r} has no heads; choose from {', '.join(LAYOUTS)}.")
+        return self.require(name, layer)
 
     def split_heads(self, value: Tensor, layer: int, name: str = "head_output") -> Tensor:
         """The heads of a value: [..., width] gives [..., heads, size].
@@ -119,11 +142,11 @@ class Names:
             layer: the block.
             name: `"head_output"`, `"query"`, `"key"` or `"value"`.
         """
-        return self.require(name, layer).split(value)
+        return self._layout(name, layer).split(value)
 
     def merge_heads(self, value: Tensor, heads: Tensor, layer: int, name: str = "head_output") -> Tensor:
-        """A copy of `value` with these heads [..., heads, size] in it; the reverse of `split_heads`."""
-        return self.require(name, layer).merge(value, heads)
+        """`value` with these heads [..., heads, size] in it; the reverse of `split_heads`."""
+        return self._layout(name, layer).merge(value, heads)
 
     def output_weight(self, params: Any, layer: int) -> Tensor:
         """The output projection by heads, Tensor [heads, size, D].

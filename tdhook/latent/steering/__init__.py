@@ -6,9 +6,10 @@ generate(steered, params, prompt, max_new_tokens=40)                            
 """
 
 from .components import clamp, project_out, replace_component
-from .directions import activation_addition, difference_of_means, principal_difference, probe_direction, steering_vectors
+from .directions import difference_of_means, principal_difference, probe_direction
 from .edits import Edit, add, at, by_step, in_order
 from .positions import Where
+from .vectors import activation_addition, steering_vectors
 
 __all__ = [
     "Edit",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.compat import visible
 from ...core.errors import InputError
 from ...core.structure import describe
 from ..concepts.directions import as_directions
@@ -26,6 +27,8 @@ def as_strength(name: str, given: Any) -> float | Tensor:
     if isinstance(given, Tensor):
         if given.ndim > 1 or given.is_complex() or given.dtype == torch.bool:
             raise InputError(f"{name} is {describe(given)}; give a number, or a tensor [] or [B].")
+        if visible(given) and not given.isfinite().all():
+            raise InputError(f"{name} holds NaN or infinity.")
         return given
     if not isinstance(given, (int, float)) or isinstance(given, bool) or not math.isfinite(given):
         raise InputError(f"{name} is {describe(given)}; give a finite number, or a tensor [] or [B].")

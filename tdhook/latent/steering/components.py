@@ -83,8 +83,9 @@ def project_out(
         positions: which ones; None for all. See `tdhook.latent.steering.positions`.
 
     Returns:
-        `Edit`: a write of `tdhook.intervene`. Written at every block, it keeps the direction out of the residual stream, as
-        `tdhook.weights.orthogonalize` does with parameters.
+        `Edit`: a write of `tdhook.intervene`. Written at all that adds to the residual stream (embeddings, the outputs of
+        attention and of MLPs), it keeps the directions out of the stream, as `tdhook.weights.orthogonalize` does with
+        parameters; at the outputs of blocks alone, an MLP still reads what the attention of its own block has written.
 
     Raises:
         InputError: no floating-point directions, zeros, a center that does not fit; when called, a value of another width.
@@ -134,9 +135,11 @@ def clamp(
         `Edit`: a write of `tdhook.intervene`.
 
     Raises:
-        InputError: no floating-point direction, zeros, no value and no bound, or both; when called, a value of another width.
+        InputError: no floating-point direction, zeros, no value and no bound, or both, a minimum above the maximum; when
+            called, a value of another width.
 
-    Source: Templeton et al., "Scaling Monosemanticity" (2024), for features of a dictionary.
+    Source: Templeton et al., "Scaling Monosemanticity" (2024). There what is clamped is the activation that the encoder of a
+    dictionary gives a feature; here it is the component along the direction.
 
     Examples:
         >>> clamp(torch.tensor([0.0, 2.0]), 7.0)(torch.tensor([[3.0, 4.0]]))
@@ -152,6 +155,9 @@ def clamp(
         raise InputError("clamp takes a value, or minimum, maximum or both; give one of these.")
     given = {"value": value, "minimum": minimum, "maximum": maximum}
     numbers = {name: as_strength(name, number) for name, number in given.items() if number is not None}
+    least, most = numbers.get("minimum"), numbers.get("maximum")
+    if isinstance(least, float) and isinstance(most, float) and least > most:
+        raise InputError(f"minimum={least:g} is above maximum={most:g}; no component is within these bounds.")
 
     def clamped(present: Tensor) -> Tensor:
         if "value" in numbers:

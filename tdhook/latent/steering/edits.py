@@ -21,7 +21,7 @@ from ...core.errors import InputError
 from ...core.structure import describe
 from ...core.writing import Write, written_value
 from .arguments import as_direction, as_strength, per_example, widened
-from .positions import Positions, Where, columns, require_columns, require_positions, selected
+from .positions import Positions, Where, columns, require_columns, require_positions, require_within, selected
 
 Self = TypeVar("Self", bound="Edit")
 
@@ -51,7 +51,8 @@ class Edit:
         raise NotImplementedError
 
     def placed(self: Self, where: Where) -> Self:
-        """The same edit for a value that lies elsewhere in a sequence."""
+        """The same edit for a value that lies elsewhere in a sequence, which has to have its positions."""
+        require_within(self.positions, where)
         return replace(self, where=where)
 
     def __repr__(self) -> str:

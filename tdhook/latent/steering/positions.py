@@ -67,6 +67,7 @@ def selected(positions: Positions, value: Tensor, where: Where) -> Tensor | bool
     if positions is None:
         return True
     require_columns(value, where)
+    require_within(positions, where)
     if isinstance(positions, Tensor):
         return _masked(positions, value, where)
     wanted = columns(positions, where)
@@ -83,6 +84,17 @@ def require_columns(value: Tensor, where: Where) -> None:
             f"positions count along axis -2; of {where.stop - where.start} positions that are run the site holds "
             f"{describe(value)}. Choose another site, or give positions=None."
         )
+
+
+def require_within(positions: Positions, where: Where) -> None:
+    """Raises `InputError` for positions that the sequence does not have."""
+    if isinstance(positions, Tensor):
+        size = positions.shape[-1]
+        if not where.prompt <= size <= where.total:
+            expected = where.prompt if where.prompt == where.total else f"{where.prompt} to {where.total}"
+            raise InputError(f"positions is a mask of {size} positions, the prompt has {expected}.")
+    elif positions is not None:
+        columns(positions, where)
 
 
 def columns(positions: Any, where: Where) -> range | list[int]:
@@ -107,9 +119,6 @@ def columns(positions: Any, where: Where) -> range | list[int]:
 
 def _masked(mask: Tensor, value: Tensor, where: Where) -> Tensor:
     size, length = mask.shape[-1], where.stop - where.start
-    if not where.prompt <= size <= where.total:
-        expected = where.prompt if where.prompt == where.total else f"{where.prompt} to {where.total}"
-        raise InputError(f"positions is a mask of {size} positions, the prompt has {expected}.")
     if mask.ndim == 2 and (value.ndim < 3 or mask.shape[0] != value.shape[0]):
         raise InputError(f"positions is a mask {list(mask.shape)} of [B, S], the value is {describe(value)}.")
     missing = max(0, where.stop - size)

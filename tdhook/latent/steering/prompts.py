@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from ...core.functional import FunctionalModel
+from ..prompt_pairs import mask_of
 
 
 def accepted(f: Any) -> frozenset[str]:
@@ -25,10 +25,19 @@ def _parameters(module: Any) -> frozenset[str]:
     return frozenset(inspect.signature(module.forward).parameters)
 
 
-def mask_of(inputs: Any) -> Tensor | None:
-    """Which tokens are no padding, a boolean Tensor [B, S]; None where nothing says so."""
-    mask = inputs.get("attention_mask", None) if isinstance(inputs, (Mapping, TensorDictBase)) else None
-    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+@torch.compiler.assume_constant_result
+def _counts_by_itself(module: Any) -> bool:
+    """Whether the model finds the positions in the token ids (RoBERTa and its kin, which begin at 2): it knows better."""
+    return any(hasattr(part, "create_position_ids_from_inputs_embeds") for part in module.modules())
+
+
+def without_first(mask: Tensor | None, value: Tensor, skip: int) -> Tensor | None:
+    """A mask of the positions of a value [B, P, ...], less the first `skip` of each example that it leaves."""
+    if not skip or value.ndim < 2:
+        return mask
+    if mask is None:
+        mask = torch.ones(value.shape[:2], dtype=torch.bool, device=value.device)
+    return mask & (mask.long().cumsum(1) > skip)
 
 
 def positions_of(mask: Tensor) -> Tensor:
@@ -37,12 +46,14 @@ def positions_of(mask: Tensor) -> Tensor:
 
 
 def with_position_ids(f: Any, inputs: Any) -> Any:
-    """The inputs with the positions of tokens, where the model takes them and a mask says that there is padding.
+    """The inputs with the positions of tokens, where the model takes them and a mask says what is padding.
 
     Without them, models with learned or rotary positions count the padding.
     """
     mask = mask_of(inputs)
     if mask is None or "position_ids" in inputs.keys() or "position_ids" not in accepted(f):
+        return inputs
+    if _counts_by_itself(f.base.blueprint.template.root):
         return inputs
     if isinstance(inputs, TensorDictBase):
         return TensorDict({**inputs, "position_ids": positions_of(mask)}, batch_size=inputs.batch_size)

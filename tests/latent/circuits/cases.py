@@ -48,6 +48,23 @@ def difference(output: Any) -> Tensor:
     return logits[:, -1, 3] - logits[:, -1, 5]
 
 
+class Block(nn.Module):
+    """A block of a transformer with a norm that is given."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.norm, self.qkv, self.out = norm, nn.Linear(8, 24), nn.Linear(8, 8)
+        self.norm_2, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x).unflatten(-1, (6, 4)).transpose(1, 2).chunk(3, 1)
+        x = x + self.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return x + self.down(self.up(self.norm_2(x)).relu())
+
+    def project(self, x: Tensor) -> Tensor:
+        return self.qkv(self.norm(x))
+
+
 class MicroBlock(nn.Module):
     """Two heads that multiply what they read by [1, 2] and [3, 4], as in the tests of auto-circuit."""
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import pickle
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tdhook
 from tdhook.core.errors import InputError, SiteError, TargetError
@@ -26,7 +29,7 @@ from tdhook.latent.circuits import (
 )
 
 from ..families import named, plain
-from .cases import Case, case, difference, micro
+from .cases import Block, Case, case, difference, micro
 
 
 def ladder() -> EdgeGraph:
@@ -62,6 +65,7 @@ def test_edges_have_numbers_and_names() -> None:
     assert graph.edge(len(graph) - 1) == ("mlp 1", "logits")
     assert [graph.edge(i)[0] for i in graph.of_writer("mlp 1").tolist()] == ["mlp 1"]
     assert len(graph.of_reader("mlp 1")) == 10
+    assert EdgeGraph.of([Writer("x", "0"), Reader("y", "1:in"), Writer("z", "2")]).of_writer("z").tolist() == []
 
 
 def test_a_graph_is_printed_and_so_are_scores() -> None:
@@ -74,6 +78,13 @@ def test_a_graph_is_printed_and_so_are_scores() -> None:
     assert str(circuit) == "Circuit(1 of 82 edges)\nembedding -> logits" and circuit.nodes == ("embedding",)
 
 
+class Raw(Block):
+    """Reads the stream without a module."""
+
+    def project(self, x: Tensor) -> Tensor:
+        return x @ self.qkv.weight.T
+
+
 def test_models_without_such_a_graph_say_why() -> None:
     f, params, inputs, found = named("bert")
     with pytest.raises(SiteError, match=r"normalised after each write .* by hand, with EdgeGraph\.of"):
@@ -83,12 +94,17 @@ def test_models_without_such_a_graph_say_why() -> None:
         edge_graph(f, params, inputs, names=found)
     f, params = tdhook.functionalize(plain())
     ids = torch.randint(0, 30, (2, 5))
-    with pytest.raises(SiteError, match="is no linear map of '1:in'"):
+    with pytest.raises(SiteError, match=r"normalised by an operation, .* take the coarse graph, with heads=False"):
         edge_graph(f, params, ids)
-    with pytest.raises(SiteError, match=r"no module of block 0 takes '1:in' .* by hand, with EdgeGraph\.of"):
-        edge_graph(f, params, ids, heads=False)
     with pytest.raises(InputError, match="names is 3"):
         edge_graph(f, params, ids, names=3)
+    block = Block(nn.Sequential(nn.LayerNorm(8), nn.Tanh()))
+    f, params = tdhook.functionalize(nn.Sequential(nn.Embedding(30, 8), block, nn.Linear(8, 30)))
+    with pytest.raises(SiteError, match=r"the query of block 0 at '1.qkv' is no linear map of .* with heads=False"):
+        edge_graph(f, params, ids)
+    f, params = tdhook.functionalize(nn.Sequential(nn.Embedding(30, 8), Raw(nn.Identity()), nn.Linear(8, 30)))
+    with pytest.raises(SiteError, match=r"no module of block 0 takes '1:in' .* by hand, with EdgeGraph\.of"):
+        edge_graph(f, params, ids, heads=False)
 
 
 def test_bad_nodes_say_what_to_give() -> None:
@@ -119,6 +135,18 @@ def test_bad_nodes_say_what_to_give() -> None:
         top_edges(graph, torch.ones(82), -1)
     with pytest.raises(InputError, match=r"scores is .* give \[82\]"):
         top_edges(graph, torch.ones(2, 82), 1)
+    with pytest.raises(InputError, match="graph is 3 of type int; give what edge_graph"):
+        Circuit(3, torch.ones(82))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="the graph has no writer"):
+        Circuit.of_nodes(graph, ["head 1.7"])
+    with pytest.raises(InputError, match="'b' reads what another node reads at '2:in'; give each node a site"):
+        EdgeGraph.of([Writer("x", "0"), Reader("a", "2:in"), Reader("b", "2:in")])
+    with pytest.raises(InputError, match="'b' writes what another node writes at '0'"):
+        EdgeGraph.of([Writer("a", "0", axis=1, index=2), Writer("b", "0", axis=1, index=2), Reader("y", "2:in")])
+    with pytest.raises(InputError, match=r"scores is .* give \[82\]"):
+        graph.table(torch.ones(2, 82))
+    with pytest.raises(InputError, match="count is an integer of at least 1, got 0"):
+        graph.table(torch.ones(82), 0)
     with pytest.raises(InputError, match="edge 82 is out of range"):
         graph.edge(82)
 
@@ -151,6 +179,28 @@ def test_the_highest_edges() -> None:
     assert len(top_edges(graph, scores, 99)) == 6 and len(top_edges(graph, scores, 0, method="greedy")) == 0
 
 
+def test_a_circuit_is_plain_data() -> None:
+    c = case("llama")
+    circuit = Circuit.of(c.graph, [("mlp 1", "logits"), ("embedding", "key 0.1")])
+    assert Circuit.of(c.graph, json.loads(json.dumps(circuit.edges))).edges == circuit.edges
+    again = edge_graph(c.f, c.params)  # found anew, and read from a file: the same graph
+    kept = pickle.loads(pickle.dumps(circuit))
+    assert again == c.graph == kept.graph and hash(again) == hash(c.graph)
+    found = evaluate(*c.ends, [circuit, Circuit(again, circuit.kept), kept], difference).value
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_a_circuit_of_nodes_ablates_all_other_nodes() -> None:
+    c = case("gpt2")
+    nodes = ["embedding", "head 0.1", "mlp 1"]
+    circuit = Circuit.of_nodes(c.graph, nodes)
+    assert list(circuit.nodes) == nodes and set(circuit.edges) == {edge for edge in c.graph.edges if edge[0] in nodes}
+    number = c.graph.writers.index("mlp 0")
+    rest = Circuit.of_nodes(c.graph, [name for name in c.graph.writers if name != "mlp 0"])
+    patched = tdhook.intervene(c.f, {"transformer.h.0.mlp": c.values[number]})(c.params, c.clean)
+    torch.testing.assert_close(evaluate(*c.ends, rest, difference).value, difference(patched))
+
+
 def test_overlap() -> None:
     scores = torch.tensor([1.0, -9.0, 8.0, 0.0])
     assert edge_overlap(scores, -scores, 2) == 1 and edge_overlap(scores, -scores, 1, absolute=False) == 0
@@ -181,6 +231,11 @@ def test_bad_circuits_say_what_to_give() -> None:
         evaluate(*c.ends, [], difference)
     with pytest.raises(InputError, match="circuits holds 3"):
         evaluate(*c.ends, [3], difference)
+    for method in (evaluate, faithfulness, completeness):
+        with pytest.raises(InputError, match="circuits holds 3"):
+            method(*c.ends, 3, difference)
+    with pytest.raises(InputError, match="circuits holds None"):
+        completeness(*c.ends, [None], difference)
     with pytest.raises(InputError, match="of several graphs"):
         evaluate(*c.ends, [Circuit.of(c.graph, []), Circuit.of(ladder(), [])], difference)
 
@@ -229,6 +284,11 @@ def test_divergence_is_that_of_torch() -> None:
     torch.testing.assert_close(kl_divergence_from({"a": first}, key="a", position=-1)({"a": second}), kl[:, -1])
     with pytest.raises(TargetError, match="needs logits"):
         kl_divergence_from({"a": first})
+    with pytest.raises(TargetError, match="position=4 is out of range"):
+        kl_divergence_from(first, position=4)
+    closed = torch.tensor([[0.0, 1.0, -torch.inf]])  # a class that cannot be
+    expected = kl_divergence_from(closed[:, :2])(torch.zeros(1, 2))
+    torch.testing.assert_close(kl_divergence_from(closed)(torch.tensor([[0.0, 0.0, -torch.inf]])), expected)
 
 
 def test_micro_circuit_by_hand() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tdhook
-from tdhook.core.errors import GradientError, InputError, TargetError
+from tdhook.core.errors import GradientError, InputError, SiteError, TargetError
 from tdhook.latent.circuits import (
     EdgeGraph,
     Reader,
@@ -24,6 +24,15 @@ from tdhook.latent.circuits import (
 
 from .cases import Case, case, difference, micro
 from .oracle import ORACLES
+
+
+class Square(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.square, self.end = nn.Identity(), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.square(x.square()))
 
 
 def zeros(c: Case, *lead: int) -> Tensor:
@@ -220,6 +229,27 @@ def test_vmap_over_pairs(method: Any) -> None:
     torch.testing.assert_close(apart, method(*c.ends, difference, graph=c.graph, per_example=True))
 
 
+@pytest.mark.parametrize("transform", [torch.func.jacrev, torch.func.jacfwd, "autograd"])
+def test_scores_have_derivatives_of_their_own(transform: Any) -> None:
+    """The score of an edge from a node a = x^2 under the metric y^3 is (0 - x^2) * 3 x^4, with the derivative -18 x^5."""
+    f, params = tdhook.functionalize(Square())
+    graph = EdgeGraph.of([Writer("a", "square"), Reader("y", "end:in")])
+    scores = lambda x: eap(f, params, x, None, lambda out: out[:, 0].pow(3), graph=graph, ablation=0.0)  # noqa: E731
+    x = torch.tensor([[2.0]], requires_grad=transform == "autograd")
+    assert scores(x).tolist() == [-192.0]
+    slope = torch.autograd.grad(scores(x), x)[0] if transform == "autograd" else transform(scores)(x)
+    assert slope.flatten().tolist() == [-576.0]
+
+
+def test_a_list_of_edges_compiles() -> None:
+    f, params, graph = micro()
+    metric = lambda out: out[:, -1].square().sum(-1)  # noqa: E731
+    pair = torch.randn(3, 2, 2), torch.randn(3, 2, 2)
+    edges = [("1.0", "out"), ("in", "in 0.1")]
+    run = lambda a, b: edge_patching(f, params, a, b, metric, graph=graph, edges=edges)  # noqa: E731
+    torch.testing.assert_close(torch.compile(run, backend="aot_eager", fullgraph=True)(*pair), run(*pair))
+
+
 @pytest.mark.parametrize("method", [eap, eap_ig, edge_patching])
 def test_compiled_is_eager(method: Any) -> None:
     f, params, graph = micro()
@@ -244,11 +274,19 @@ def test_the_mean_over_a_data_set_does_not_depend_on_the_batches() -> None:
         found = mean_over_pairs(scores, pairs, progress=lambda *at: seen.append(at))
         torch.testing.assert_close(found.value, every.mean(0))
         torch.testing.assert_close(found.standard_error, every.std(0) / 5**0.5)
-    assert seen == [(5, 1), (2, 1), (4, 2), (5, 3)]
-    with pytest.raises(InputError, match="pairs is empty"):
+    assert seen == [(0, 1), (1, 1), (0, 1), (1, 2), (2, 3), (3, 3)]
+    with pytest.raises(InputError, match="batches is empty"):
         mean_over_pairs(scores, [])
     with pytest.raises(InputError, match="per_example=True"):
         mean_over_pairs(lambda a, b: scores(a, b).mean(0), [(clean, corrupted)])
+    with pytest.raises(InputError, match="batch 0 of pairs is a float32 tensor"):
+        mean_over_pairs(scores, [clean])
+
+
+def test_a_long_stream_in_half_precision_keeps_its_mean() -> None:
+    rows = torch.cat([torch.full((600, 1), 3.0), torch.ones(600, 1)]).bfloat16()
+    found = mean_over_pairs(lambda clean, corrupted: corrupted, [(row, row) for row in rows.split(1)])
+    assert found.value.dtype == torch.bfloat16 and found.value.item() == 2
 
 
 def test_bad_requests_say_what_to_give() -> None:
@@ -279,6 +317,18 @@ def test_bad_requests_say_what_to_give() -> None:
         eap_ig(*c.ends, difference, graph=c.graph, quadrature="simpson")
     with pytest.raises(InputError, match="path='inputs' goes from clean to corrupted inputs"):
         eap_ig(f, params, clean, None, difference, graph=c.graph, ablation=0.0)
+    f, params, graph = micro()
+    slices = EdgeGraph.of([Writer("head", "blocks.0.write", axis=2), Reader("out", "output:in")])
+    ends = (f, params, torch.ones(1, 1, 2), torch.zeros(1, 1, 2), lambda out: out[:, -1, 0])
+    with pytest.raises(InputError, match="path='inputs' moves what the first writer writes, but 'head' is a slice"):
+        eap_ig(*ends, graph=slices)
+    late = EdgeGraph.of(
+        [Writer("in", "input"), Writer("1.0", "blocks.1.write", axis=2), Reader("out", "blocks.0.read", axis=2)]
+    )
+    with pytest.raises(SiteError, match=r"'out' at 'blocks.0.read' reads before all writers .* order of the run"):
+        edge_patching(*ends, graph=late)
+    with pytest.raises(InputError, match=r"ablation is .* give a number or a tensor \[5, 1, 1, 2\]"):
+        edge_patching(f, params, ends[2], None, ends[4], graph=graph, ablation=torch.zeros(5, 2))
     with pytest.raises(InputError, match="chunk_size"):
         edge_patching(*c.ends, difference, graph=c.graph, chunk_size=0)
     with pytest.raises(InputError, match="edge 99 is out of range; the graph has 15 edges"):

@@ -9,10 +9,20 @@ from torch import Tensor, nn
 
 import tdhook
 from tdhook.core.errors import InputError, ModelError, SiteError
-from tdhook.latent.circuits import Circuit, EdgeGraph, Reader, Writer, edge_graph, mask_edges, mean_values, writer_values
+from tdhook.latent.circuits import (
+    Circuit,
+    EdgeGraph,
+    Reader,
+    Writer,
+    edge_graph,
+    edge_patching,
+    mask_edges,
+    mean_values,
+    writer_values,
+)
 
 from ..families import FAMILIES, model, named
-from .cases import MicroModel, case, difference, micro
+from .cases import Block, MicroModel, case, difference, micro
 from .oracle import ORACLES
 
 HEADS = [
@@ -194,14 +204,14 @@ def test_mean_values_are_those_of_the_data_set_whatever_the_batches() -> None:
     for sizes in ([5], [2, 2, 1]):
         batches = [{"input_ids": part} for part in prompts.split(sizes)]
         torch.testing.assert_close(mean_values(c.f, c.params, batches, c.graph), every.mean(1, keepdim=True))
-        alike = mean_values(c.f, c.params, iter(batches), c.graph, positions=False)
+        alike = mean_values(c.f, c.params, iter(batches), c.graph, pooled=True)
         torch.testing.assert_close(alike, every.mean((1, 2), keepdim=True))
     mask = random_mask(c.graph)
     ablated = mask_edges(c.f, c.graph)(c.params, c.clean, alike, mask).logits
     torch.testing.assert_close(ablated, c.oracle(mask, alike.expand(-1, 2, 6, 32)))
     with pytest.raises(InputError, match="batches is empty"):
         mean_values(c.f, c.params, [], c.graph)
-    with pytest.raises(InputError, match=r"streams of shape \[6, 32\] and \[4, 32\].*positions=False"):
+    with pytest.raises(InputError, match=r"streams of shape \[6, 32\] and \[4, 32\].*pooled=True"):
         mean_values(c.f, c.params, [{"input_ids": prompts}, {"input_ids": prompts[:, :4]}], c.graph)
 
 
@@ -220,6 +230,70 @@ def test_nothing_of_the_caller_is_changed() -> None:
     mask_edges(c.f, c.graph)(c.params, c.clean, c.values, mask)
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(mask, before)
     assert all(map(torch.equal, kept, [net.state_dict()["model.norm.weight"], c.values, c.clean["input_ids"]]))
+
+
+def test_sites_may_be_spelled_in_any_way() -> None:
+    f, params = tdhook.functionalize(nn.Sequential(nn.Identity(), nn.Tanh(), nn.Identity()))
+    graph = EdgeGraph.of([Writer("x", "0:out"), Reader("a", "[1]:in"), Writer("b", "1"), Reader("y", "[-1]:in")])
+    x = torch.ones(2, 1)
+    assert torch.equal(writer_values(f, params, x, graph), torch.stack([x, x.tanh()]))
+    mask = torch.tensor([0.0, 1.0, 0.5])
+    torch.testing.assert_close(mask_edges(f, graph)(params, x, 0.0, mask), x.tanh() / 2 - 1)
+    effects = edge_patching(f, params, x, None, lambda out: out[:, 0], graph=graph, ablation=0.0)
+    torch.testing.assert_close(effects, torch.stack([-x.tanh()[0, 0], -torch.ones(()), -x.tanh()[0, 0]]))
+
+
+def test_slices_count_from_the_end_too() -> None:
+    f, params, graph = micro()
+    other = EdgeGraph.of([Writer("in", "input"), Reader("r", "blocks.0.read", axis=-2, index=-1), Reader("out", "output:in")])
+    x = torch.ones(1, 1, 2)
+    expected = mask_edges(f, graph)(params, x, 0.0, {"in 0.1": torch.ones(1)})
+    assert torch.equal(mask_edges(f, other)(params, x, 0.0, {"r": torch.ones(1)}), expected)
+    assert not torch.equal(expected, f(params, x))
+
+
+@pytest.mark.parametrize("heads", [2, 4])  # as many as examples, and as positions
+def test_an_ablation_is_never_aligned_with_another_axis(heads: int) -> None:
+    c = case("gpt2")
+    ids = {"input_ids": c.clean["input_ids"][:, :4]}
+    values = c.values[:, :, :4]
+    g = mask_edges(c.f, c.graph)
+    mask = random_mask(c.graph)
+    means = values.mean((1, 2), keepdim=True)
+    expected = g(c.params, ids, means.expand(-1, 2, 4, 32), mask).logits
+    torch.testing.assert_close(g(c.params, ids, means, mask).logits, expected)
+    for flat in (means[:, 0, 0], means[:, 0].expand(-1, heads, 32)):
+        with pytest.raises(InputError, match=r"give a number or a tensor \[11, 2, 4, 32\], or with 1 in place of any but 11"):
+            g(c.params, ids, flat, mask)
+
+
+def test_norms_that_share_their_scales_are_as_those_with_copies() -> None:
+    outputs = []
+    for tied in (False, True):
+        torch.manual_seed(0)
+        first, second = nn.LayerNorm(8), nn.LayerNorm(8)
+        nn.init.normal_(first.weight)
+        second.load_state_dict(first.state_dict())
+        if tied:
+            second.weight, second.bias = first.weight, first.bias
+        f, params = tdhook.functionalize(nn.Sequential(nn.Embedding(9, 8), Block(first), Block(second), nn.Linear(8, 9)))
+        ids = torch.arange(8).reshape(2, 4)
+        graph = edge_graph(f, params, ids)
+        mask = torch.rand(len(graph), generator=torch.Generator().manual_seed(0))
+        outputs.append(mask_edges(f, graph)(params, ids, 0.0, mask))
+    assert torch.equal(*outputs)
+
+
+def test_padding_does_not_count_in_means() -> None:
+    c = case("llama")
+    ids = c.clean["input_ids"]
+    padded = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])}
+    values = writer_values(c.f, c.params, padded, c.graph)
+    kept = torch.cat([values[:, 0, :4], values[:, 1]], 1)
+    torch.testing.assert_close(mean_values(c.f, c.params, [padded], c.graph, pooled=True)[:, 0, 0], kept.mean(1))
+    means = mean_values(c.f, c.params, [padded], c.graph)[:, 0]
+    torch.testing.assert_close(means[:, 4:], values[:, 1, 4:])
+    torch.testing.assert_close(means[:, :4], values.mean(1)[:, :4])
 
 
 def test_a_reader_before_its_writers_is_told() -> None:
@@ -248,5 +322,29 @@ def test_bad_requests_say_what_to_give() -> None:
         g(c.params, c.clean, c.values, {})
     with pytest.raises(InputError, match=r"ablation is .* give a number or a tensor \[11, ...\]"):
         g(c.params, c.clean, c.values[:3], torch.ones(110))
+    with pytest.raises(InputError, match="ablation is None of type NoneType; give a number"):
+        g(c.params, c.clean, None, torch.ones(110))
+    with pytest.raises(InputError, match=r"mask is .* for 2 examples; give a row for each, or \[E\]"):
+        g(c.params, c.clean, c.values, torch.ones(3, 110))
+    with pytest.raises(InputError, match=r"mask\['logits'\] is 1.0 of type float; give a tensor \[n\] or \[B, n\]"):
+        g(c.params, c.clean, c.values, {"logits": 1.0})
     with pytest.raises(InputError, match="mask is missing"):
         g(c.params, c.clean, c.values)
+
+
+def test_nodes_that_do_not_fit_the_stream_are_named() -> None:
+    f, params = tdhook.functionalize(nn.Sequential(nn.Identity(), nn.Linear(3, 2), nn.Flatten(0)))
+    x, one = torch.ones(2, 3), torch.ones(1)
+    graph = EdgeGraph.of([Writer("x", "0"), Writer("a", "1"), Reader("y", "2:in")])
+    with pytest.raises(
+        SiteError, match=r"'a' writes a float32 tensor of shape \[2, 2\] at '1', but the first writer adds \[2, 3\]"
+    ):
+        writer_values(f, params, x, graph)
+    with pytest.raises(SiteError, match=r"'a' writes .* all writers and readers need the shape of the stream"):
+        mask_edges(f, graph)(params, x, 0.0, torch.ones(2))
+    with pytest.raises(SiteError, match=r"'y' reads a float32 tensor of shape \[2, 2\] at '2:in'"):
+        mask_edges(f, EdgeGraph.of([Writer("x", "0"), Reader("y", "2:in")]))(params, x, 0.0, one)
+    with pytest.raises(SiteError, match=r"'y' has axis=1 and index=3, but '1:in' holds a float32 tensor of shape \[2, 3\]"):
+        mask_edges(f, EdgeGraph.of([Writer("x", "0"), Reader("y", "1:in", axis=1, index=3)]))(params, x, 0.0, one)
+    with pytest.raises(InputError, match=r"pooled=True needs a stream \[B, S, D\], but each writer adds \[2, 3\]"):
+        mean_values(f, params, [x], EdgeGraph.of([Writer("x", "0"), Reader("y", "1:in")]), pooled=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.func import vmap
 
@@ -30,7 +32,7 @@ from tdhook.latent.lenses import (
 )
 from tdhook.latent.names import names
 
-from ..families import FAMILIES, model, named, plain
+from ..families import ENDS, FAMILIES, GROUPED, HIDDEN, model, named, plain
 
 SUMS = [name for name in FAMILIES if FAMILIES[name].norm != "post"]
 HEADS = [name for name in SUMS if FAMILIES[name].exact]
@@ -56,6 +58,8 @@ def test_the_logit_lens_is_final_norm_and_unembedding_of_each_layer() -> None:
     lens = logit_lens(f, params, inputs, names=found, sites=[found.embedding, *found.residual_post])
     torch.testing.assert_close(lens[0], net.lm_head(net.model.norm(hidden[0])))
     torch.testing.assert_close(lens[1], net.lm_head(net.model.norm(hidden[1])))
+    torch.testing.assert_close(logit_lens(f, params, inputs, names=found, sites=["model.layers.*"]), lens[1:])
+    torch.testing.assert_close(logit_lens(f, params, inputs, names=found, sites="model.layers[-1]"), lens[2:])
 
 
 def test_positions_and_chunks_of_the_logit_lens() -> None:
@@ -135,6 +139,31 @@ def test_the_parts_of_a_logit_equal_those_by_hand(name: str) -> None:
     torch.testing.assert_close(parts.bias, torch.as_tensor(bias, dtype=parts.bias.dtype).expand(2), rtol=1e-6, atol=2e-6)
 
 
+def _odd(name: str) -> tuple[nn.Module, dict[str, Tensor], Any]:
+    """Models whose final norm is not a plain one: scales made from a parameter, single precision, a read of one position."""
+    if name == "clip":
+        config = transformers.CLIPVisionConfig(**HIDDEN, intermediate_size=40, image_size=8, patch_size=4, projection_dim=12)
+        images = torch.randn(3, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        net = transformers.CLIPVisionModelWithProjection(config)
+        return net, {"pixel_values": images}, tdhook.targets.index(7, key="image_embeds")
+    config = getattr(transformers, f"{name}Config")(**GROUPED, **ENDS)
+    return getattr(transformers, f"{name}ForCausalLM")(config), {"input_ids": torch.tensor([[3, 4, 5], [6, 7, 8]])}, TARGET
+
+
+@pytest.mark.parametrize("name", ["Nemotron", "Olmo", "clip"])
+def test_a_final_norm_of_another_kind_is_affine_too(name: str) -> None:
+    torch.manual_seed(0)
+    net, inputs, target = _odd(name)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    f, params = tdhook.functionalize(net.double().eval(), **({} if name == "clip" else {"use_cache": False}))
+    parts = direct_logit_attribution(f, params, inputs, targets=target, heads=True)
+    torch.testing.assert_close(parts.components.sum(0) + parts.bias, target(f(params, inputs)))
+    # of the affine map, the same for all examples
+    torch.testing.assert_close(parts.bias, parts.bias[:1].expand_as(parts.bias), rtol=1e-5, atol=1e-6)
+
+
 def test_several_targets_add_a_dimension_and_chunks_change_nothing() -> None:
     f, params, inputs, found = named("gpt2")
     several = tdhook.targets.indices([7, 3, 1], key="logits", position=-1)
@@ -164,6 +193,38 @@ def test_patterns_under_a_padding_mask_are_those_that_the_model_returns() -> Non
     torch.testing.assert_close(got[:, 1], expected[:, 1])
     torch.testing.assert_close(got[:, 0, :, 2:], expected[:, 0, :, 2:])
     assert got[:, 0, :, :2].abs().max() == 0
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_patterns_of_heads_that_are_joined_with_the_batch(heads: int) -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(4, 12), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = self.qkv(x).view(2, 3, 3, heads, -1).permute(2, 0, 3, 1, 4)
+            q, k, v = parts.flatten(1, 2).unbind()
+            z = (q @ k.mT).softmax(-1) @ v
+            return x + self.out(z.view(2, heads, 3, -1).transpose(1, 2).flatten(2))
+
+    net = nn.Sequential(Joined(), Joined())
+    f, params = tdhook.functionalize(net)
+    x = torch.randn(2, 3, 4)
+    q, k = net[0].qkv(x).view(2, 3, 3, heads, -1).permute(2, 0, 3, 1, 4)[:2]
+    torch.testing.assert_close(attention_patterns(f, params, x)[0], (q @ k.mT).softmax(-1))
+
+
+def test_heads_of_the_layers_that_have_attention() -> None:
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 4, "linear_value_head_dim": 4}
+    options = {**GROUPED, **ENDS, **linear, "num_hidden_layers": 4, "head_dim": 8, "mlp_only_layers": [0, 1, 2, 3]}
+    net = transformers.Qwen3NextForCausalLM(transformers.Qwen3NextConfig(**options)).eval()
+    f, params = tdhook.functionalize(net, use_cache=False)
+    ids = {"input_ids": torch.tensor([[3, 4, 5]])}
+    written = tdhook.capture(f, "model.layers.3.self_attn:out[0]")(params, ids)[1]["model.layers.3.self_attn:out[0]"]
+    outputs = head_outputs(f, params, ids)
+    assert outputs.shape == (1, 4, 1, 3, 32)
+    torch.testing.assert_close(outputs[0].sum(0), written)
 
 
 def test_scores_of_perfect_heads_and_of_even_attention() -> None:
@@ -206,6 +267,62 @@ def test_translators_in_closed_form_are_least_squares() -> None:
     torch.testing.assert_close(fitted.weight[0], solution[:-1], rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(fitted.bias[0], solution[-1], rtol=1e-5, atol=1e-7)
     assert fitted.weight[1].abs().max() == 0 and fitted.bias[1].abs().max() == 0
+
+
+def test_padding_has_no_part_in_translators() -> None:
+    f, params, inputs, found = named("llama", "sdpa")
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    pairs = (mask.bool()[:, None, None] & torch.ones(6, 6, dtype=torch.bool).tril()) | torch.eye(6, dtype=torch.bool)
+    padded = {**inputs, "attention_mask": pairs}
+    values = tdhook.capture(f, list(found.residual_post))(params, padded)[1]
+    x, y = (values[site][mask.bool()] for site in found.residual_post)
+    x, gap = x - x.mean(0), (y - x) - (y - x).mean(0)
+    ridge = 1e-3 * x.square().mean() * torch.eye(32, dtype=x.dtype)
+    solution = torch.linalg.solve(x.mT @ x / len(x) + ridge, x.mT @ gap / len(x))
+    fitted = fit_translators(f, params, [padded], names=found, positions=lambda batch: mask)
+    torch.testing.assert_close(fitted.weight[0], solution)
+    other = {**padded, "input_ids": inputs["input_ids"].index_fill(1, torch.tensor([0]), 3)}  # changes the first row's padding
+    other["input_ids"][1] = inputs["input_ids"][1]
+    trained = [train_translators(f, params, [each], names=found, positions=lambda batch: mask) for each in (padded, other)]
+    torch.testing.assert_close(trained[0].weight, trained[1].weight)
+
+
+def test_a_mask_of_padding_is_used_by_itself() -> None:
+    net = copy.deepcopy(model("llama", "sdpa")).float()
+    f, params = tdhook.functionalize(net, use_cache=False)
+    found, inputs = named("llama", "sdpa")[3], named("llama")[2]
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    padded = {**inputs, "attention_mask": mask}
+    for method in (fit_translators, train_translators):
+        by_itself, given = (
+            method(f, params, [padded], names=found),
+            method(f, params, [padded], names=found, positions=lambda b: mask),
+        )
+        assert torch.equal(by_itself.weight, given.weight)
+        everything = method(f, params, [padded], names=found, positions=lambda b: torch.ones_like(mask))
+        assert not torch.allclose(by_itself.weight, everything.weight)
+
+
+def test_training_leaves_the_last_layer_as_it_is() -> None:
+    f, params, _, found = named("gpt2")
+    trained = train_translators(f, params, batches(5), names=found, learning_rate=0.1)
+    assert trained.weight[-1].abs().max() == 0 and trained.bias[-1].abs().max() == 0
+    assert trained.weight[0].abs().max() > 0.1
+
+
+def test_translators_in_half_precision() -> None:
+    net = copy.deepcopy(model("gpt2")).bfloat16()
+    f, params = tdhook.functionalize(net, use_cache=False)
+    found, inputs = named("gpt2")[3:1:-1]
+    for translators in (
+        fit_translators(f, params, batches(2), names=found),
+        train_translators(f, params, batches(2), names=found),
+    ):
+        assert translators.weight.dtype is torch.bfloat16
+        lens = logit_lens(f, params, inputs, names=found, translators=translators)
+        torch.testing.assert_close(lens[-1], f(params, inputs).logits)
+    wide = identity_translators(found, torch.zeros(()))  # single precision, for a stream of half of it
+    assert logit_lens(f, params, inputs, names=found, translators=wide).dtype is torch.bfloat16
 
 
 def test_a_fitted_and_a_trained_lens_say_more_of_the_output_than_the_logit_lens() -> None:
@@ -285,6 +402,23 @@ def test_bad_requests_say_what_to_give() -> None:
     identity = identity_translators(found, torch.zeros((), dtype=torch.float64))
     with pytest.raises(InputError, match="translators has 2 maps for 1 sites"):
         logit_lens(f, params, inputs, names=found, sites=[found.embedding], translators=identity)
+    with pytest.raises(InputError, match="translators is 3 of type int; give what fit_translators"):
+        logit_lens(f, params, inputs, names=found, translators=3)
+    with pytest.raises(InputError, match="translators is for a stream of 30 features, this one has 32"):
+        logit_lens(f, params, inputs, names=found, translators=identity_translators(replace(found, width=30), torch.ones(())))
+    for wrong in ("transformer.h.0.mlp.c_fc", "transformer.h.0.attn/transpose@0"):  # the second one has as many numbers
+        with pytest.raises(
+            SiteError, match=r"holds a float64 tensor of shape .*, the residual stream a .*\[2, 6, 32\]; give its"
+        ):
+            logit_lens(f, params, inputs, names=found, sites=[wrong])
+    with pytest.raises(
+        SiteError, match=r"the model never ran '.*dot_product_attention'; give names that were found with this model"
+    ):
+        attention_patterns(f, params, inputs, names=named("gpt2", "sdpa")[3])
+    with pytest.raises(InputError, match="ridge is 0, and 12 positions do not determine 32 features"):
+        fit_translators(f, params, [inputs], names=found, ridge=0.0)
+    with pytest.raises(InputError, match="batches is a dict with 'input_ids'; give an iterable of batches"):
+        fit_translators(f, params, inputs, names=found)
     with pytest.raises(InputError, match="batches is empty"):
         fit_translators(f, params, [])
     with pytest.raises(InputError, match="batches is empty"):
@@ -299,7 +433,7 @@ def test_bad_requests_say_what_to_give() -> None:
         induction_scores(torch.eye(5), 5)
     with pytest.raises(InputError, match="give attention within one sequence"):
         previous_token_scores(torch.ones(2, 3))
-    with pytest.raises(InputError, match="period is 0; give an integer of at least 1"):
+    with pytest.raises(InputError, match="period is an integer of at least 1, got 0"):
         repeated_tokens(5, 0, 2)
 
 
@@ -317,3 +451,9 @@ def test_what_a_family_does_not_have_is_an_error() -> None:
     f, params = tdhook.functionalize(net)
     with pytest.raises(SiteError, match="one function of torch, whose pattern cannot be computed"):
         attention_patterns(f, params, torch.ones(1, 4, 12))
+    with pytest.raises(SiteError, match="head_output of layer 0 was not found: torch computes this attention inside"):
+        head_outputs(f, params, torch.ones(1, 4, 12))
+    net = transformers.XLMWithLMHeadModel(transformers.XLMConfig(emb_dim=32, n_layers=2, n_heads=4, vocab_size=50)).eval()
+    f, params = tdhook.functionalize(net)
+    with pytest.raises(SiteError, match=r"attention was not found: the residual stream .* which is no sum"):
+        residual_decomposition(f, params, {"input_ids": torch.tensor([[3, 4, 5]])})

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from tensordict import TensorDict
+from torch import Tensor, nn
 from torch.func import vmap
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import tdhook
-from tdhook.core.errors import InputError
+from tdhook.core.errors import InputError, SiteError
 from tdhook.latent.probes import logistic
 from tdhook.latent.steering import (
     activation_addition,
@@ -18,6 +23,8 @@ from tdhook.latent.steering import (
     probe_direction,
     steering_vectors,
 )
+
+from ..families import model
 
 P, N = torch.randn(6, 4, dtype=torch.float64) + 1, torch.randn(6, 4, dtype=torch.float64)
 
@@ -83,32 +90,106 @@ def test_adding_the_difference_moves_the_mean_of_one_set_to_that_of_the_other() 
     torch.testing.assert_close(moved[:, -1].mean(0), tdhook.stop_at(f, "1")(params, positive)[:, -1].mean(0))
 
 
-@pytest.mark.parametrize("pool", ["last", "mean", 0, -2])
-def test_padding_on_either_side_does_not_matter(pool: str | int) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+@cache
+def llama() -> tuple[tdhook.FunctionalModel, Any]:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=16,
-        vocab_size=20,
-        max_position_embeddings=32,
-    )
-    f, params = tdhook.functionalize(LlamaForCausalLM(config).eval().double(), use_cache=False)
-    short, long = torch.randint(3, 20, (2, 4)), torch.randint(3, 20, (2, 6))
-    sites = ["model.layers.0", "model.layers.1"]
-    expected = steering_vectors(f, params, short, long, sites=sites, pool=pool)
-    zeros, ones = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 4, dtype=torch.long)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 20}
+    return tdhook.functionalize(LlamaForCausalLM(LlamaConfig(**sizes)).eval().double(), use_cache=False)
+
+
+SHORT, LONG = torch.randint(3, 20, (2, 4)), torch.randint(3, 20, (2, 6))
+ZEROS, ONES = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 4, dtype=torch.long)
+LAYERS = ["model.layers.0", "model.layers.1"]
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+@pytest.mark.parametrize("pool", ["last", "mean", "max", 0, -2, "rows"])
+def test_padding_on_either_side_does_not_matter(pool: str | int, skip: int) -> None:
+    f, params = llama()
+    options = {"sites": LAYERS, "pool": pool, "skip": skip}
+    expected = steering_vectors(f, params, SHORT, LONG, **options)
     for order in (1, -1):
         padded = {
-            "input_ids": torch.cat([zeros, short][::order], 1),
-            "attention_mask": torch.cat([zeros, ones][::order], 1),
+            "input_ids": torch.cat([ZEROS, SHORT][::order], 1),
+            "attention_mask": torch.cat([ZEROS, ONES][::order], 1),
         }
-        found = steering_vectors(f, params, padded, long, sites=sites, pool=pool)
-        for site in sites:
-            torch.testing.assert_close(found[site], expected[site])
+        given = TensorDict(padded, batch_size=[2])
+        for inputs, chunk_size in [(padded, None), (padded, 1), (given, None), (given, 1)]:
+            found = steering_vectors(f, params, inputs, LONG, chunk_size=chunk_size, **options)
+            for site in LAYERS:
+                torch.testing.assert_close(found[site], expected[site])
+
+
+def test_the_first_tokens_are_left_out() -> None:
+    f, params = language_model()
+    table = params["0", "weight"]
+    positive, negative = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[7, 8], [9, 10]])
+    padded = {"input": torch.tensor([[1, 2, 3], [0, 5, 6]]), "attention_mask": torch.tensor([[1, 1, 1], [0, 1, 1]])}
+
+    def direction(positive: Any, model: Any = f, **options: Any) -> Tensor:
+        return steering_vectors(model, params, positive, negative, sites="0", **options)["0"]
+
+    expected = table[[2, 3, 5, 6]].mean(0) - table[[8, 10]].mean(0)
+    torch.testing.assert_close(direction(positive, pool="mean", skip=1), expected)
+    torch.testing.assert_close(direction(positive, pool=0, skip=1), table[[2, 5]].mean(0) - table[[8, 10]].mean(0))
+    torch.testing.assert_close(direction(positive, skip=1), direction(positive))
+    assert torch.equal(direction(positive, pool="mean"), direction(positive, pool="mean", skip=0))
+
+    class Masked(nn.Sequential):
+        def forward(self, input: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            return super().forward(input)
+
+    masked, _ = tdhook.functionalize(Masked(nn.Embedding(20, 4), nn.Linear(4, 4), nn.Linear(4, 20)).double())
+    expected = (table[[2, 3]].mean(0) + table[6]) / 2 - table[[8, 10]].mean(0)
+    torch.testing.assert_close(direction(padded, masked, pool="mean", skip=1), expected)
+    for options in ({"pool": "mean"}, {"pool": "mean", "chunk_size": 1}):
+        with pytest.raises(InputError, match="positive has a prompt of 2 tokens, padding aside; with skip=2 each needs 3"):
+            direction(padded, masked, skip=2, **options)
+    with pytest.raises(InputError, match="negative has a prompt of 2 tokens, padding aside; with skip=2 each needs 3"):
+        direction(positive, skip=2)
+    with pytest.raises(InputError, match="skip is an integer of at least 0"):
+        direction(positive, skip=-1)
+    with pytest.raises(InputError, match="skip=1 leaves positions out of a pool, and pool=None keeps them all"):
+        direction(positive, pool=None, skip=1)
+
+
+def test_positions_that_a_model_finds_in_the_tokens_are_left_to_it() -> None:
+    """RoBERTa counts from 2 on: the positions of a mask, which count from 0, are others."""
+    f, params = tdhook.functionalize(model("roberta"))
+    ids, site = torch.randint(3, 50, (2, 4)), "roberta.encoder.layer.0"
+    whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    expected = tdhook.stop_at(f, site)(params, ids)[:, -1].mean(0)
+    zero = {"input_ids": ids[:1], "attention_mask": torch.ones_like(ids[:1])}
+    found = steering_vectors(f, params, whole, zero, sites=site, fit=lambda positive, negative: positive.mean(0))
+    torch.testing.assert_close(found[site], expected)
+
+
+def test_rows_that_are_no_vectors_are_refused() -> None:
+    """A fit would take the examples, or the heads, for layers."""
+    f, params = language_model()
+    ids = torch.randint(0, 20, (2, 3))
+    with pytest.raises(InputError, match=r"pool=None makes .*\[2, 3, 4\] of .* at '0', and fits are to rows \[N, D\]"):
+        steering_vectors(f, params, ids, ids, sites="0", pool=None)
+    mlp, weights = tdhook.functionalize(nn.Linear(4, 3).double())
+    x = torch.randn(5, 4, dtype=torch.float64)
+    found = steering_vectors(mlp, weights, x, -x, sites=":out", pool=None)[":out"]
+    torch.testing.assert_close(found, 2 * x.mean(0) @ weights["weight"].T)
+    with pytest.raises(InputError, match=r"positive is .*\[2, 5, 4\]; a probe is fitted to \[N, D\]"):
+        probe_direction(logistic)(x.expand(2, 5, 4), x.expand(2, 5, 4))
+    shared, weights = tdhook.functionalize(Shared())
+    with pytest.raises(SiteError, match=r"site 'shared' holds .*\[1, 3, 4\] for 2 prompts"):
+        steering_vectors(shared, weights, ids, ids, sites="shared")
+
+
+class Shared(nn.Module):
+    """A value that all examples share, as the positions of some models are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Embedding(3, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return ids[..., None] + self.shared(torch.arange(3)[None])
 
 
 def test_activation_addition_of_one_pair_is_added_token_by_token() -> None:
@@ -150,3 +231,20 @@ def test_bad_sets_say_what_to_give() -> None:
         activation_addition(f, params, ids[:1], ids[:1, :2], sites="0")
     with pytest.raises(InputError, match="give one prompt each"):
         activation_addition(f, params, ids, ids, sites="0")
+    linear, weights = tdhook.functionalize(nn.Linear(4, 3).double())
+    with pytest.raises(SiteError, match=r"site ':out' holds .*\[1, 3\].*; choose one of \[1, P, D\]"):
+        activation_addition(linear, weights, P[:1], P[:1], sites=":out")
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(
+    "options", [{"pool": "last"}, {"pool": "mean", "skip": 1}, {"pool": "max", "fit": principal_difference}]
+)
+def test_compiled(options: dict[str, Any]) -> None:
+    f, params = language_model()
+
+    def run(params: Any, positive: Tensor, negative: Tensor) -> Tensor:
+        return steering_vectors(f, params, positive, negative, sites="0", chunk_size=2, **options)["0"]
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)(params, LONG, LONG.flip(1))
+    torch.testing.assert_close(compiled, run(params, LONG, LONG.flip(1)))

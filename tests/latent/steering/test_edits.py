@@ -14,6 +14,8 @@ from tdhook.core.errors import InputError, SiteError
 from tdhook.latent.concepts import leace
 from tdhook.latent.steering import Edit, Where, add, at, by_step, clamp, in_order, project_out, replace_component
 
+from ..families import model
+
 X = torch.randn(2, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 D = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
 U = D / D.norm()
@@ -240,7 +242,7 @@ def test_bad_edits_say_what_to_give() -> None:
     for positions, message in [
         ("first", "positions='first' is unknown"),
         ([], r"positions is \[\]"),
-        ([0.5], "positions is a list with 0"),
+        ([0.5], "positions is a list of 1"),
         (True, "positions is True"),
         (torch.tensor([1, 2]), r"give a boolean tensor \[S\] or \[B, S\], or a list of integers"),
         (slice(4, 0, -1), "no range that goes forward"),
@@ -275,6 +277,15 @@ def test_bad_edits_say_what_to_give() -> None:
         clamp(torch.zeros(4), 1.0)
     with pytest.raises(InputError, match="clamp takes a value, or minimum"):
         clamp(D)
+    with pytest.raises(InputError, match=r"minimum=2 is above maximum=1"):
+        clamp(D, minimum=2.0, maximum=1.0)
+    with pytest.raises(InputError, match="strength holds NaN or infinity"):
+        add(D, torch.tensor([1.0, torch.nan]))
+    with pytest.raises(InputError, match="value holds NaN or infinity"):
+        clamp(D, torch.tensor(torch.inf))
+    for edit in (add(D, positions=[7]), add(D, positions=torch.ones(9, dtype=torch.bool))):
+        with pytest.raises(InputError, match=r"positions (has 7, out of range|is a mask of 9 positions)"):
+            edit.placed(Where(0, 6, 6, 7))
     with pytest.raises(InputError, match="clamp takes a value, or minimum"):
         clamp(D, 1.0, minimum=0.0)
     with pytest.raises(InputError, match=r"direction has shape \[2, 4\]; give \[D\]"):
@@ -297,3 +308,23 @@ def test_bad_edits_say_what_to_give() -> None:
         by_step(None)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="an edit is for floating-point values"):
         add(D)(torch.ones(1, 5, 4, dtype=torch.long))
+
+
+def test_ablation_where_the_stream_is_written_to_is_an_edit_of_the_weights() -> None:
+    """Also in the middle of a block, which writes at the outputs of blocks do not reach."""
+    f, params = tdhook.functionalize(model("llama"))
+    ids = torch.randint(3, 50, (2, 5))
+    directions = torch.randn(2, 32, dtype=torch.float64)
+    basis = torch.linalg.qr(directions.T).Q
+    keep = torch.eye(32, dtype=torch.float64) - basis @ basis.T
+    edited = params.clone()
+    edited["model", "embed_tokens", "weight"] = params["model", "embed_tokens", "weight"] @ keep
+    for layer in ("0", "1"):
+        for path in (("self_attn", "o_proj"), ("mlp", "down_proj")):
+            at_layer = ("model", "layers", layer, *path, "weight")
+            edited[at_layer] = keep @ params[at_layer]
+    sites = ["model.embed_tokens", "model.layers.*.self_attn.o_proj", "model.layers.*.mlp"]
+    ablated = tdhook.intervene(f, dict.fromkeys(sites, project_out(directions)))
+    torch.testing.assert_close(ablated(params, ids).logits, f(edited, ids).logits)
+    blocks = tdhook.intervene(f, {"model.layers.*": project_out(directions)})
+    assert not torch.allclose(blocks(params, ids).logits, f(edited, ids).logits)
