@@ -61,7 +61,7 @@ def restored(patched: Tensor, clean: Tensor, corrupted: Tensor) -> Tensor:
         where = "" if gap.ndim == 0 else f" of example {int((gap == 0).nonzero()[0])}"
         raise InputError(
             f"the clean and the corrupted run{where} have the same metric, so that no fraction of the difference can be given; "
-            "choose inputs or a metric that tell them apart, or look at patched as it is."
+            "choose inputs or a metric that tell them apart, or look at the metric as it is."
         )
     return (patched - corrupted) / gap
 

@@ -96,7 +96,9 @@ def grid(view: View, value: Tensor, axes: tuple[int, ...], indices: Indices, nam
         if indices is not None:
             raise InputError(f"{name}={indices!r} count along an axis; give axis too.")
         return []
-    lists: Any = [indices] if len(axes) == 1 else [None] * len(axes) if indices is None else indices
+    lists: Any = [None] * len(axes) if indices is None else indices
+    if len(axes) == 1 and not (_is_list(lists) and len(lists) == 1 and _is_list(lists[0])):
+        lists = [indices]
     count = len(lists) if isinstance(lists, Sequence) else 1
     if count != len(axes):
         raise InputError(f"{name} has {count} entries for {len(axes)} axes; give for each a sequence, or None for all.")
@@ -107,6 +109,10 @@ def grid(view: View, value: Tensor, axes: tuple[int, ...], indices: Indices, nam
     if len({axis % part.ndim for axis in axes}) < len(axes):
         raise InputError(f"axis={axes} means one axis twice at {view.name!r}, which holds {describe(part)}.")
     return [_along(view, part.shape[axis], each, name) for axis, each in zip(axes, lists)]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _along(view: View, length: int, indices: Any, name: str) -> list[int]:

@@ -532,3 +532,10 @@ def test_an_error_of_the_metric_comes_through():
 
     with pytest.raises(RuntimeError, match="no more"):
         activation_patching(f, params, clean, corrupted, moody, sites="0")
+
+
+def test_one_axis_in_a_list_takes_a_list_of_one() -> None:
+    f, params = functionalize(nn.Sequential(nn.Identity()))
+    run = (f, params, torch.ones(1, 3), torch.zeros(1, 3), lambda out: (out * torch.arange(3.0)).sum())
+    assert activation_patching(*run, sites="0", axis=(1,), positions=[[0, 2]]).patched.tolist() == [[0.0, 2.0]]
+    assert activation_patching(*run, sites="0", axis=1, positions=[2]).patched.tolist() == [[2.0]]

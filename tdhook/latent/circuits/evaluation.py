@@ -17,6 +17,7 @@ from ...core.estimate import Estimate, Moments
 from ...core.functional import FunctionalModel
 from ...core.progress import Progress
 from ...core.structure import describe
+from ..activation_patching import restored
 from ..patches import Metric, measured, require_metric
 from ..streaming import numbered
 from .circuit import Circuit
@@ -42,10 +43,10 @@ class CircuitMetric:
     def normalized(self) -> Tensor:
         """`(value - ablated) / (clean - ablated)` of the means over examples: 0 is the ablated model, 1 the whole one.
 
-        Not finite where the two do not differ.
+        Raises `InputError` where the two do not differ.
         """
         value = self.value if self.clean.ndim == 0 else self.value.mean(-1)
-        return (value - self.ablated.mean()) / (self.clean.mean() - self.ablated.mean())
+        return restored(value, self.clean.mean(), self.ablated.mean())
 
 
 def evaluate(

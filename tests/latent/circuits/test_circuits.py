@@ -298,3 +298,11 @@ def test_micro_circuit_by_hand() -> None:
     found = evaluate(f, params, torch.ones(1, 1, 2), None, circuit, metric, ablation=0.0)
     assert found.value.tolist() == [2.0] and found.clean.tolist() == [25.0] and found.ablated.tolist() == [0.0]
     torch.testing.assert_close(found.normalized, torch.tensor(2 / 25))
+
+
+def test_no_fraction_of_nothing_is_given():
+    f, params = tdhook.functionalize(nn.Sequential(nn.Identity(), nn.Identity()))
+    circuit = Circuit.of(EdgeGraph.of([Writer("x", "0"), Reader("y", "1:in")]), [("x", "y")])
+    alike = torch.ones(1, 1)
+    with pytest.raises(InputError, match="have the same metric"):
+        faithfulness(f, params, alike, alike, circuit, lambda out: out[:, 0])
