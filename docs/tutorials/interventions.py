@@ -496,10 +496,18 @@ def recipe(
     print(f"corrupted {stream.corrupted.mean():.3f}, without head {layer}.{head} {ablation.ablated[layer, head].mean():.3f}")
     print(f"  one token of the stream restores at most {share.max():.2f}; ", end="")
     print(f"heads, measured and to first order: Pearson {agreement:.3f}")
+    graph = circuits.edge_graph(f, params, example, names=found)
+    scores = circuits.eap(f, params, clean, corrupted, metric, graph=graph)
+    sizes = [0, len(graph) // 4, len(graph) // 2, len(graph)]
+    nested = [circuits.top_edges(graph, scores, size) for size in sizes]
+    with torch.no_grad():
+        curve = circuits.faithfulness(f, params, clean, corrupted, nested, metric)
+    print(f"  {graph!r}; faithful with {', '.join(f'{size}: {value:.2f}' for size, value in zip(sizes, curve))}")
     return [
         check(f"{name}: the whole stream restores all", close(whole.normalized, torch.ones_like(whole.normalized))),
         check(f"{name}: one head, as by itself", close(ablation.ablated[1, 2], by_hand)),
         check(f"{name}: estimates agree with patches", agreement > 0.9),
+        check(f"{name}: no edge is the corrupted run, all are the clean one", close(curve[[0, -1]], torch.tensor([0.0, 1.0]))),
     ]
 
 

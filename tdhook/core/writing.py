@@ -40,7 +40,7 @@ def written_value(site: Site | str, value: Tensor, new: Any) -> Tensor:
         if not _can_hold(value, new):
             raise SiteError(f"the write at {str(site)!r} is {new!r}, the site holds {describe(value)}; give one that fits.")
         return torch.full_like(value, new)
-    return fitting(f"the write at {str(site)!r}", new, value).clone()
+    return snapshot(fitting(f"the write at {str(site)!r}", new, value))
 
 
 def _can_hold(value: Tensor, number: complex) -> bool:

@@ -92,7 +92,7 @@ def acdc(
         done, size = 0, 1
         for reader in reversed(range(len(graph.readers))):
             start = graph.starts[reader]
-            waiting = list(reversed(range(start, start + graph.before[reader])))
+            waiting = list(reversed(range(start, start + len(graph.reads[reader]))))
             if _leads_nowhere(graph, kept, reader):
                 done += len(waiting)
                 if threshold > 0:
@@ -127,5 +127,8 @@ def _leads_nowhere(graph: EdgeGraph, kept: Tensor, reader: int) -> bool:
     """Whether nothing that a reader feeds has an edge left."""
     feeds = graph.feeds[reader]
     return bool(feeds) and not any(
-        bool(kept[start + writer]) for writer in feeds for start, n in zip(graph.starts, graph.before) if writer < n
+        bool(kept[start + reads.index(writer)])
+        for writer in feeds
+        for start, reads in zip(graph.starts, graph.reads)
+        if writer in reads
     )

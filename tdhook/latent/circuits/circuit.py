@@ -107,15 +107,16 @@ class Circuit:
         alive = torch.tensor([writer not in fed for writer in range(len(graph.writers))])
         useful = torch.zeros(len(graph.writers), dtype=torch.bool)
         kept = self.kept.cpu().clone()
-        rows = [slice(start, start + n) for start, n in zip(graph.starts, graph.before)]
-        for row, n, feeds in zip(rows, graph.before, graph.feeds):
-            kept[row] &= alive[:n]
+        rows = [slice(start, start + len(reads)) for start, reads in zip(graph.starts, graph.reads)]
+        sources = [slice(reads.start, reads.stop) for reads in graph.reads]
+        for row, source, feeds in zip(rows, sources, graph.feeds):
+            kept[row] &= alive[source]
             if kept[row].any():
                 alive[list(feeds)] = True
-        for row, n, feeds in reversed(list(zip(rows, graph.before, graph.feeds))):
+        for row, source, feeds in reversed(list(zip(rows, sources, graph.feeds))):
             if feeds and not useful[list(feeds)].any():
                 kept[row] = False
-            useful[:n] |= kept[row]
+            useful[source] |= kept[row]
         return Circuit(graph, kept.to(self.kept.device))
 
     def __repr__(self) -> str:
@@ -184,8 +185,7 @@ def _greedy(graph: EdgeGraph, scores: Tensor, count: int) -> list[int]:
     def open_reader(reader: int) -> None:
         if reader not in opened:
             opened.add(reader)
-            for writer in range(graph.before[reader]):
-                number = graph.starts[reader] + writer
+            for number, writer in enumerate(graph.reads[reader], start=graph.starts[reader]):
                 heapq.heappush(heap, (-numbers[number], number, writer))
 
     for reader, feeds in enumerate(graph.feeds):

@@ -27,13 +27,15 @@ def edge_graph(
 
         writers:  embedding, head l.h (or attention l), mlp l
         readers:  query l.h, key l.g, value l.g (or attention l), mlp l, logits
+        both, where the stream itself is normalised after each write (BERT):  attention norm l, mlp norm l
 
     Each reader has a copy of the stream of its own, which it reads through the norm of its branch. The query, the key and the
     value of a head are three readers; with grouped heads a key or value is one reader for all heads that share it. `logits` is
-    everything after the last block.
+    everything after the last block. A norm that the stream goes through reads the sum before it and writes what comes after it:
+    the stream starts anew there, so that no edge leads past it.
 
     Args:
-        f: functional model of a transformer whose stream is a sum: GPT-2, GPT-NeoX, Llama and their kin.
+        f: functional model of a transformer: GPT-2, GPT-NeoX, Llama, BERT and their kin.
         params: its parameters; only shapes matter.
         inputs: an example as `f` takes it; only shapes matter. None as for `names`.
         names: standard names; None to find them.
@@ -43,9 +45,9 @@ def edge_graph(
         `EdgeGraph`. The bias of an output projection belongs to no head, and stays whatever is ablated.
 
     Raises:
-        ModelError: `f` has no sites. SiteError: a stream that is normalised after each write (BERT), which no sum of writes
-            gives; writes that are neither attention nor MLP; heads of a model that normalises or scales what attention writes,
-            or that joins heads in another way than by linear maps; then give `EdgeGraph.of(nodes)` by hand.
+        ModelError: `f` has no sites. SiteError: writes that are neither attention nor MLP; heads of a model that normalises or
+            scales what attention writes, or that joins heads in another way than by linear maps; then give
+            `EdgeGraph.of(nodes)` by hand.
 
     Cost: up to four runs on fake tensors, which compute nothing.
 
@@ -66,11 +68,6 @@ def edge_graph(
     if names is not None and not isinstance(names, Names):
         raise InputError(f"names is {describe(names)}; give what tdhook.latent.names.names(f, params) returned, or None.")
     found = find_names(f, params, inputs) if names is None else names
-    if found.norm == "post":
-        raise SiteError(
-            "the residual stream of this model is normalised after each write (names(...).norm is 'post', as in BERT), so what "
-            "is read is no sum of what was written; give the graph of a part of it by hand, with EdgeGraph.of."
-        )
     run = _Run(f, params, inputs, found)
     parts: list[Any] = [WriterGroup(found.embedding, ("embedding",))]
     for layer in range(found.layers):
@@ -116,9 +113,32 @@ class _Run:
             read, write = self._coarse("mlp", layer)
             reads.append(read)
             writes.append(write)
+        if found.norm == "post":
+            return self._normalised(layer, reads, writes)
         if found.parallel or len(reads) == 1:
             return reads + writes
         return [reads[0], writes[0], reads[1], writes[1]]
+
+    def _normalised(self, layer: int, reads: list[Any], writes: list[Any]) -> list[Any]:
+        """The nodes of a block in which a norm of the stream follows each write."""
+        parts: list[Any] = []
+        for read, write in zip(reads, writes):
+            kind = "mlp" if read is reads[-1] and self.found.mlp[layer] is not None else "attention"
+            after = self.found.residual_post[layer] if read is reads[-1] else self.found.residual_mid[layer]
+            name = f"{kind} norm {layer}"
+            parts += [read, write, ReaderGroup(self._before_norm(layer, after), (name,), ((name,),))]
+            parts.append(WriterGroup(after, (name,), restarts=True))
+        return parts
+
+    def _before_norm(self, layer: int, site: str | None) -> str:
+        """The site of what the norm reads that returns the stream at a site."""
+        value = None if site is None else self.values[site]
+        for at, read, out in self.flow.norm_calls():
+            if out == value:
+                return self.flow.address(at, "in", next(keys for keys, taken in at.inputs if taken == read))
+        raise SiteError(
+            f"block {layer} normalises its stream, but not right after each write; give the graph by hand, with EdgeGraph.of."
+        )
 
     def _coarse(self, kind: str, layer: int) -> tuple[ReaderGroup, WriterGroup]:
         """Attention or MLP as one reader and one writer."""

@@ -232,8 +232,8 @@ def _edges_of_groups(graph: EdgeGraph) -> list[Tensor]:
     for part in graph.parts:
         if isinstance(part, WriterGroup):
             leaving = torch.zeros(len(graph), dtype=torch.bool)
-            for start, n in zip(graph.starts, graph.before):
-                leaving[start + first : start + min(n, first + len(part.names))] = n > first
+            for writer in range(first, first + len(part.names)):
+                leaving[graph.of_writer(graph.writers[writer])] = True
             first += len(part.names)
             found.append(leaving)
     return found

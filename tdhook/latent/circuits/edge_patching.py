@@ -95,14 +95,15 @@ def edge_patching(
     effects: list[Tensor] = []
     order: list[int] = []
     for part, first in _groups(graph):
-        rows, n, start = len(part.names), graph.before[first], graph.starts[first]
+        rows, reads, start = len(part.names), graph.reads[first], graph.starts[first]
+        n = len(reads)
         chosen = [i for i, number in enumerate(numbers) if start <= number < start + rows * n]
         if not chosen:
             continue
         read = base.values[wants[part.site]]
 
-        def patched(local: Tensor, part: Any = part, read: Tensor = read, n: int = n) -> Tensor:
-            row, writer = local.div(n, rounding_mode="floor"), local % n
+        def patched(local: Tensor, part: Any = part, read: Tensor = read, reads: range = reads) -> Tensor:
+            row, writer = local.div(len(reads), rounding_mode="floor"), reads.start + local % len(reads)
             move = differences.index_select(0, writer.reshape(1))[0]
             writes: dict[Any, Any] = {}
             for door, change in zip(part.doors, part.changes_by(params, read, move, row)):
@@ -158,7 +159,7 @@ def _groups(graph: EdgeGraph) -> list[tuple[ReaderGroup, int]]:
     first = 0
     for part in graph.parts:
         if isinstance(part, ReaderGroup):
-            if graph.before[first]:
+            if graph.reads[first]:
                 found.append((part, first))
             first += len(part.names)
     return found

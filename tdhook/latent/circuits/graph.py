@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -27,12 +28,15 @@ class Writer:
         site: address of what it adds, a tensor of the shape of the stream.
         axis: where several writers lie side by side in one value: the axis that they lie along; None for the whole value.
         index: which of them; below 0 from the end.
+        restarts: whether the stream starts anew with it (the output of a norm that the stream goes through), so that readers
+            after it read no writer before it.
     """
 
     name: str
     site: str
     axis: int | None = None
     index: int = 0
+    restarts: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,14 +64,14 @@ Part = WriterGroup | ReaderGroup
 class EdgeGraph:
     """Writers and readers of a residual stream in the order of the run. Immutable; prints as a table.
 
-    There is an edge from each writer to each reader that comes after it. Edges are numbered reader by reader: those of one
-    reader are next to each other, in the order of the writers.
+    There is an edge from each writer to each reader that comes after it, up to where the stream starts anew. Edges are numbered
+    reader by reader: those of one reader are next to each other, in the order of the writers.
 
     Attributes:
         parts: writers and readers that share a site, in the order of the run.
         writers: names of the U writers.
         readers: names of the R readers.
-        before: for each reader the number of writers that come before it.
+        reads: for each reader the numbers of the writers that it reads, a range.
         starts: for each reader the number of its first edge.
         feeds: for each reader the numbers of the writers that depend on it.
     """
@@ -75,7 +79,7 @@ class EdgeGraph:
     parts: tuple[Part, ...]
     writers: tuple[str, ...]
     readers: tuple[str, ...]
-    before: tuple[int, ...]
+    reads: tuple[range, ...]
     starts: tuple[int, ...]
     feeds: tuple[tuple[int, ...], ...]
 
@@ -95,7 +99,7 @@ class EdgeGraph:
         parts: list[Part] = []
         for node in nodes:
             if isinstance(node, Writer):
-                parts.append(WriterGroup(node.site, (node.name,), axis=node.axis, index=node.index))
+                parts.append(WriterGroup(node.site, (node.name,), axis=node.axis, index=node.index, restarts=node.restarts))
             elif isinstance(node, Reader):
                 feeds = (node.feeds,) if isinstance(node.feeds, str) else tuple(node.feeds)
                 parts.append(ReaderGroup(node.site, (node.name,), (feeds,), axis=node.axis, index=node.index))
@@ -109,47 +113,50 @@ class EdgeGraph:
         parts = tuple(parts)
         writers: dict[str, int] = {}
         readers: dict[str, int] = {}
-        before: list[int] = []
+        reads: list[range] = []
+        first = 0
         taken: dict[tuple[str, str], list[tuple[int | None, int]]] = {}
         for part in parts:
             _require_own_place(part, taken)
+            if isinstance(part, WriterGroup) and part.restarts:
+                first = len(writers)
             table = writers if isinstance(part, WriterGroup) else readers
             for name in part.names:
                 if name in table:
                     raise InputError(f"two {'writers' if table is writers else 'readers'} are called {name!r}.")
                 table[name] = len(table)
                 if isinstance(part, ReaderGroup):
-                    before.append(len(writers))
+                    reads.append(range(first, len(writers)))
         feeds = []
         for group in parts:
             for name, fed in zip(group.names, group.feeds if isinstance(group, ReaderGroup) else ()):
                 for writer in fed:
-                    if writer not in writers or writers[writer] < before[readers[name]]:
+                    if writer not in writers or writers[writer] < reads[readers[name]].stop:
                         raise InputError(
                             f"reader {name!r} feeds {writer!r}, which is no writer that comes after it."
                             + did_you_mean(writer, writers)
                         )
                 feeds.append(tuple(writers[writer] for writer in fed))
-        starts = tuple(sum(before[:r]) for r in range(len(before)))
-        if not sum(before):
+        starts = tuple(accumulate(map(len, reads), initial=0))
+        if not starts[-1]:
             raise InputError("the graph has no edge; list nodes in the order of the run, a writer before each reader.")
-        return cls(parts, tuple(writers), tuple(readers), tuple(before), starts, tuple(feeds))
+        return cls(parts, tuple(writers), tuple(readers), tuple(reads), starts[:-1], tuple(feeds))
 
     def __len__(self) -> int:
         """E, the number of edges."""
-        return self.starts[-1] + self.before[-1]
+        return self.starts[-1] + len(self.reads[-1])
 
     @property
     def edges(self) -> tuple[Edge, ...]:
         """All edges as (writer, reader), in their order."""
-        return tuple((writer, reader) for reader, n in zip(self.readers, self.before) for writer in self.writers[:n])
+        return tuple((self.writers[w], reader) for reader, reads in zip(self.readers, self.reads) for w in reads)
 
     def edge(self, number: int) -> Edge:
         """The (writer, reader) of an edge."""
         if not 0 <= number < len(self):
             raise InputError(f"edge {number} is out of range; the graph has {len(self)} edges.")
         reader = bisect_right(self.starts, number) - 1
-        return self.writers[number - self.starts[reader]], self.readers[reader]
+        return self.writers[self.reads[reader][number - self.starts[reader]]], self.readers[reader]
 
     def index(self, edges: Iterable[Edge]) -> Tensor:
         """The numbers of edges given as (writer, reader): integer Tensor [K].
@@ -166,28 +173,31 @@ class EdgeGraph:
             if not isinstance(edge, (tuple, list)) or len(edge) != 2:
                 raise InputError(f"an edge is a pair (writer, reader) of names, got {describe(edge)}.")
             writer, reader = _number("writer", edge[0], writers), _number("reader", edge[1], readers)
-            if writer >= self.before[reader]:
-                raise InputError(f"there is no edge {edge[0]!r} -> {edge[1]!r}: the writer comes after the reader.")
-            found.append(self.starts[reader] + writer)
+            reads = self.reads[reader]
+            if writer not in reads:
+                reason = "the writer comes after the reader" if writer >= reads.stop else "the stream starts anew between them"
+                raise InputError(f"there is no edge {edge[0]!r} -> {edge[1]!r}: {reason}.")
+            found.append(self.starts[reader] + reads.index(writer))
         return found
 
     def of_writer(self, writer: str) -> Tensor:
         """The numbers of all edges that leave a writer."""
         number = _number("writer", writer, _numbered(self.writers))
-        return torch.tensor([start + number for start, n in zip(self.starts, self.before) if number < n], dtype=torch.long)
+        edges = [start + reads.index(number) for start, reads in zip(self.starts, self.reads) if number in reads]
+        return torch.tensor(edges, dtype=torch.long)
 
     def of_reader(self, reader: str) -> Tensor:
         """The numbers of all edges that enter a reader."""
         number = _number("reader", reader, _numbered(self.readers))
-        return torch.arange(self.before[number]) + self.starts[number]
+        return torch.arange(len(self.reads[number])) + self.starts[number]
 
     def writer_scores(self, scores: Tensor) -> Tensor:
         """The sum over the edges that leave each writer: [..., E] gives [..., U]."""
         self.require_edges("scores", scores)
         total = [scores.new_zeros(*scores.shape[:-1], len(self.writers))]
-        for start, n in zip(self.starts, self.before):
-            part = scores[..., start : start + n]
-            total.append(torch.nn.functional.pad(part, (0, len(self.writers) - n)))
+        for start, reads in zip(self.starts, self.reads):
+            part = scores[..., start : start + len(reads)]
+            total.append(torch.nn.functional.pad(part, (reads.start, len(self.writers) - reads.stop)))
         return torch.stack(total).sum(0)
 
     def table(self, scores: Tensor, count: int = 10) -> str:

@@ -84,10 +84,10 @@ def as_mask(graph: EdgeGraph, mask: Any) -> Tensor:
             raise InputError("mask is empty; give a tensor for at least one reader.")
         like: Tensor = next(iter(given.values()))
         rows: list[Tensor] = []
-        for name, n in zip(graph.readers, graph.before):
+        for name, n in zip(graph.readers, map(len, graph.reads)):
             row = given.get(name, like.new_zeros((*like.shape[:-1], n)))
             if row.shape != (*like.shape[:-1], n):
-                raise InputError(f"mask[{name!r}] is {describe(row)}; {n} writers come before it.")
+                raise InputError(f"mask[{name!r}] is {describe(row)}; it reads {n} writers.")
             rows.append(row)
         return torch.cat(rows, -1)
     graph.require_edges("mask", mask)
@@ -163,12 +163,13 @@ class _EdgeMasker(Handler):
         self.differences[first] = (mine.to(values.dtype) if isinstance(mine, Tensor) else mine) - values
 
     def _read(self, place: int, part: ReaderGroup, first: int, value: Tensor) -> Tensor:
-        rows, n = len(part.names), self.graph.before[first]
+        rows, reads = len(part.names), self.graph.reads[first]
+        n = len(reads)
         if n == 0:
             return value
         start = self.graph.starts[first]
         mask = self.mask[..., start : start + rows * n].unflatten(-1, (rows, n))
-        known = [self.differences[w] for w in sorted(self.differences) if w < n]
+        known = [self.differences[w] for w in sorted(self.differences) if w in reads]
         if sum(map(len, known)) != n:
             raise too_early(part)
         changes = part.changes(self.params, value, differences_into(mask, known))

@@ -24,6 +24,7 @@ class WriterGroup:
         names: of the n writers.
         layout, projection: heads, and the map that they enter the stream by; None for a value that is added as it is.
         axis, index: where one writer is a slice of the value.
+        restarts: whether the stream starts anew with them, so that what comes after reads no writer before them.
     """
 
     site: str
@@ -32,6 +33,7 @@ class WriterGroup:
     projection: Projection | None = None
     axis: int | None = None
     index: int = 0
+    restarts: bool = False
 
     kind = "writes"
 

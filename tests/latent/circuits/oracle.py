@@ -1,4 +1,4 @@
-"""GPT-2 and Llama written out in plain torch, each query, key, value, MLP and the logits with a residual stream of its own."""
+"""GPT-2, Llama and BERT written out in plain torch, each reader (query, key, value, MLP, logits) with a stream of its own."""
 
 from __future__ import annotations
 
@@ -31,6 +31,11 @@ class Streams:
     def write(self, parts: dict[str, Tensor], rest: Tensor | float = 0.0) -> None:
         self.written.update(parts)
         self.total = self.total + sum(parts.values()) + rest
+
+    def restart(self, writer: str, value: Tensor) -> None:
+        """The stream starts anew with what a norm of it writes."""
+        self.written, self.total = {}, 0.0
+        self.write({writer: value})
 
     def seen(self, reader: str) -> Tensor:
         stream = self.total
@@ -104,10 +109,37 @@ def llama(net: nn.Module, ids: Tensor, streams: Streams, embedding: Tensor | Non
     return norm(streams.seen("logits"), body.norm.weight) @ net.lm_head.weight.T
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def bert(net: nn.Module, ids: Tensor, streams: Streams, embedding: Tensor | None = None) -> Tensor:
+    body, heads = net.bert, net.config.num_attention_heads
+    start = body.embeddings(ids)
+    streams.write({"embedding": start if embedding is None else embedding})
+    size = start.shape[-1] // heads
+    for layer, block in enumerate(body.encoder.layer):
+        attention = block.attention
+        outs = {}
+        for head in range(heads):
+            rows = slice(head * size, (head + 1) * size)
+            part = {}
+            for kind in ("query", "key", "value"):
+                linear = getattr(attention.self, kind)
+                part[kind] = streams.seen(f"{kind} {layer}.{head}") @ linear.weight[rows].T + linear.bias[rows]
+            z = attend(part["query"], part["key"], part["value"], causal=False)
+            outs[f"head {layer}.{head}"] = z @ attention.output.dense.weight[:, rows].T
+        streams.write(outs, attention.output.dense.bias)
+        norm = f"attention norm {layer}"
+        streams.restart(norm, attention.output.LayerNorm(streams.seen(norm)))
+        hidden = F.gelu(block.intermediate.dense(streams.seen(f"mlp {layer}")))
+        streams.write({f"mlp {layer}": block.output.dense(hidden)})
+        norm = f"mlp norm {layer}"
+        streams.restart(norm, block.output.LayerNorm(streams.seen(norm)))
+    return net.cls(streams.seen("logits"))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool = True) -> Tensor:
     scores = query @ key.mT / query.shape[-1] ** 0.5
-    causal = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
-    return scores.masked_fill(~causal, -torch.inf).softmax(-1) @ value
+    if causal:
+        scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
+    return scores.softmax(-1) @ value
 
 
-ORACLES = {"gpt2": gpt2, "llama": llama}
+ORACLES = {"gpt2": gpt2, "llama": llama, "bert": bert}

@@ -21,11 +21,13 @@ from tdhook.latent.circuits import (
     eap,
     edge_graph,
     edge_overlap,
+    edge_patching,
     evaluate,
     faithfulness,
     kl_divergence_from,
     mask_edges,
     top_edges,
+    writer_values,
 )
 
 from ..families import named, plain
@@ -86,9 +88,6 @@ class Raw(Block):
 
 
 def test_models_without_such_a_graph_say_why() -> None:
-    f, params, inputs, found = named("bert")
-    with pytest.raises(SiteError, match=r"normalised after each write .* by hand, with EdgeGraph\.of"):
-        edge_graph(f, params, inputs, names=found)
     f, params, inputs, found = named("gemma2")
     with pytest.raises(SiteError, match="not the sum of its heads; take the coarse graph, with heads=False"):
         edge_graph(f, params, inputs, names=found)
@@ -123,6 +122,8 @@ def test_bad_nodes_say_what_to_give() -> None:
         Circuit.of(graph, [("mlp 1", "logit")])
     with pytest.raises(InputError, match="no edge 'mlp 1' -> 'mlp 0': the writer comes after the reader"):
         Circuit.of(graph, [("mlp 1", "mlp 0")])
+    with pytest.raises(InputError, match="no edge 'mlp 0' -> 'mlp 1': the stream starts anew between them"):
+        Circuit.of(case("bert").graph, [("mlp 0", "mlp 1")])
     with pytest.raises(InputError, match="an edge is a pair"):
         Circuit.of(graph, ["mlp 1"])
     with pytest.raises(InputError, match="give a bool tensor"):
@@ -245,7 +246,9 @@ def one_by_one(c: Case, loss: object, threshold: float) -> Tensor:
     g = mask_edges(c.f, c.graph)
     run = lambda mask: loss(g(c.params, c.clean, c.values, mask)).mean()  # type: ignore[operator]  # noqa: E731
     mask = torch.zeros(len(c.graph), dtype=torch.float64)
-    order = [c.graph.starts[r] + w for r in reversed(range(len(c.graph.readers))) for w in reversed(range(c.graph.before[r]))]
+    order = [
+        c.graph.starts[r] + w for r in reversed(range(len(c.graph.readers))) for w in reversed(range(len(c.graph.reads[r])))
+    ]
     for edge in order:
         without = mask.index_fill(0, torch.tensor(edge), 1)
         if run(without) - run(mask) < threshold:
@@ -306,3 +309,54 @@ def test_no_fraction_of_nothing_is_given():
     alike = torch.ones(1, 1)
     with pytest.raises(InputError, match="have the same metric"):
         faithfulness(f, params, alike, alike, circuit, lambda out: out[:, 0])
+
+
+class Renormalised(nn.Module):
+    """Two writes, a norm of the stream after the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x, self.a, self.norm, self.b = nn.Identity(), nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.x(x)
+        x = self.norm(x + self.a(x))
+        return x + self.b(x)
+
+
+def test_a_stream_that_starts_anew() -> None:
+    net = Renormalised().double()
+    f, params = tdhook.functionalize(net)
+    nodes = [
+        Writer("x", "x"),
+        Reader("a", "a:in", feeds=("a",)),
+        Writer("a", "a"),
+        Reader("norm", "norm:in", feeds=("norm",)),
+        Writer("norm", "norm", restarts=True),
+        Reader("b", "b:in", feeds=("b",)),
+        Writer("b", "b"),
+        Reader("y", ":out"),
+    ]
+    graph = EdgeGraph.of(nodes)
+    edges = [("x", "a"), ("x", "norm"), ("a", "norm"), ("norm", "b"), ("norm", "y"), ("b", "y")]
+    assert list(graph.edges) == edges and [graph.edge(i) for i in range(6)] == edges
+    assert graph.index(edges).tolist() == list(range(6)) and graph.of_writer("norm").tolist() == [3, 4]
+    assert graph.of_reader("y").tolist() == [4, 5]
+    assert graph.writer_scores(torch.arange(6.0)).tolist() == [1, 2, 7, 5]
+    assert pickle.loads(pickle.dumps(graph)) == graph
+
+    clean, corrupted = torch.randn(2, 4, 3).double()
+    metric = lambda out: out[:, 0]  # noqa: E731
+    mixed = net.norm(clean + net.a(corrupted))
+    effects = edge_patching(f, params, clean, corrupted, metric, graph=graph, edges=[("a", "norm")])
+    torch.testing.assert_close(effects[0], metric(mixed + net.b(mixed) - net(clean)).mean())
+    ablation = writer_values(f, params, corrupted, graph)
+    mask = torch.tensor([0.0, 0, 0, 0, 1, 1]).double()  # all that the output reads
+    torch.testing.assert_close(mask_edges(f, graph)(params, clean, ablation, mask), net(corrupted))
+
+    dead = Circuit.of(graph, [("x", "a"), ("norm", "b"), ("b", "y")]).pruned()
+    assert dead.edges == ()  # nothing reaches the norm
+    whole = Circuit.of(graph, [("x", "a"), ("a", "norm"), ("norm", "b"), ("b", "y")])
+    assert whole.pruned().edges == whole.edges
+    with pytest.raises(InputError, match="no edge 'a' -> 'y': the stream starts anew between them"):
+        graph.index([("a", "y")])

@@ -67,7 +67,9 @@ def test_edge_patching_is_the_written_out_model_with_one_edge_ablated(name: str)
     torch.testing.assert_close(effects, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "heads"), [("gpt_neox", True), ("phi", False), ("gemma2", False), ("gpt2", False)])
+@pytest.mark.parametrize(
+    ("name", "heads"), [("gpt_neox", True), ("bert", True), ("phi", False), ("gemma2", False), ("gpt2", False)]
+)
 def test_edge_patching_is_a_mask_with_a_single_1(name: str, heads: bool) -> None:
     c = case(name, heads)
     chosen = some(c, 8)

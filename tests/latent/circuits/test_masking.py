@@ -25,10 +25,8 @@ from ..families import FAMILIES, model, named
 from .cases import Block, MicroModel, case, difference, micro
 from .oracle import ORACLES
 
-HEADS = [
-    name for name, family in FAMILIES.items() if family.norm != "post" and family.exact and name not in ("vit", "t5", "mixtral")
-]
-COARSE = [name for name, family in FAMILIES.items() if family.norm != "post" and name not in ("vit", "t5", "mixtral")]
+COARSE = [name for name in FAMILIES if name not in ("vit", "t5", "mixtral")]
+HEADS = [name for name in COARSE if FAMILIES[name].exact]
 
 
 def random_mask(graph: EdgeGraph, *lead: int, seed: int = 0) -> Tensor:
@@ -316,7 +314,7 @@ def test_bad_requests_say_what_to_give() -> None:
         g(c.params, c.clean, c.values, torch.ones(1, 1, 110))
     with pytest.raises(InputError, match=r"the graph has no reader 'query 1.9'\. Did you mean"):
         g(c.params, c.clean, c.values, {"query 1.9": torch.ones(6)})
-    with pytest.raises(InputError, match=r"mask\['logits'\] is a float32 tensor of shape \[3\]; 11 writers come before it"):
+    with pytest.raises(InputError, match=r"mask\['logits'\] is a float32 tensor of shape \[3\]; it reads 11 writers"):
         g(c.params, c.clean, c.values, {"logits": torch.ones(3)})
     with pytest.raises(InputError, match="mask is empty"):
         g(c.params, c.clean, c.values, {})
