@@ -23,8 +23,8 @@ TITLE = "Caching all activations of GPT-2"
 INTRODUCTION = """\
 The output of every module of GPT-2 (random weights) for "Hello, world!" times the batch, which is the task of tdhook's
 paper (arXiv 2509.25475), under `torch.no_grad()`. What is compared is the logits, the first MLP's output and the last
-block's. Ours, nnsight, tdhook 0.3.0 and the hooks keep the same modules; ours copies each value, so that nothing the
-model does later in place can change it, and nnsight and tdhook 0.3.0 keep references, as `forward hooks` do.
+block's. Ours, nnsight, tdhook 0.3.0 and the hooks keep the same modules; ours keeps copies whose memory is copied when
+somebody writes into it, which GPT-2 does not, and nnsight and tdhook 0.3.0 keep references, as `forward hooks` do.
 TransformerLens caches the hook points of its own forward, which are other ones and more. `ready` is the time from the
 start of a fresh process to the end of its first caching, of a GPT-2 of two layers: interpreter, imports, model, call;
 `forward hooks` need neither tdhook nor a peer."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 _functorch = torch._C._functorch
 _lazy_clone = getattr(torch, "_lazy_clone", torch.clone)
+_SMALL = 2**16  # bytes, below which a copy takes no longer than putting it off
 
 
 def _never() -> bool:
@@ -36,6 +37,7 @@ def snapshot(tensor: Tensor) -> Tensor:
     """A copy; its memory is copied at the first write into either of the two where torch can do that, elsewhere at once."""
     lazy = (
         not is_compiling()
+        and tensor.nbytes >= _SMALL
         and _functorch.peek_interpreter_stack() is None
         and type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.device.type == "cpu"

@@ -67,8 +67,8 @@ def capture(f: FunctionalModel, sites: Sites) -> FunctionalModel:
         SiteError: a site is unknown (at once), or it is not reached, not a tensor, or called more often than the address says
             (in the call).
 
-    Cost: the forward pass; a value in memory of its own is copied only if somebody writes into it later (on a CPU, outside of
-    `torch.func` transforms), any other one at once.
+    Cost: the forward pass and a copy of each value. Of a large value in memory of its own, on a CPU and outside of `torch.func`
+    transforms, it is made only if somebody writes into the value or its original.
 
     Examples:
         >>> f, params = tdhook.functionalize(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()))

@@ -28,10 +28,17 @@ lazily = pytest.mark.skipif(not hasattr(torch, "_lazy_clone"), reason="this torc
 every_write = pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 
 
+@lazily
+def test_a_small_tensor_is_copied_at_once():
+    x = torch.randn(3)
+    taken = snapshot(x)
+    assert not torch._C._is_cow_tensor(x) and torch.equal(taken, x) and taken is not x
+
+
 @every_write
 def test_a_write_into_one_does_not_show_in_the_other(write):
     for first in (True, False):
-        x = torch.randn(3, 4)
+        x = torch.randn(200, 200)
         before, taken = x.clone(), snapshot(x)
         write(x if first else taken)
         assert torch.equal(taken if first else x, before)
@@ -39,7 +46,7 @@ def test_a_write_into_one_does_not_show_in_the_other(write):
 
 
 def test_many_of_one_tensor():
-    x = torch.randn(5)
+    x = torch.randn(200, 200)
     before = x.clone()
     first, second = snapshot(x), snapshot(snapshot(x))
     first.zero_()
@@ -49,7 +56,7 @@ def test_many_of_one_tensor():
 
 @lazily
 def test_no_memory_is_taken_before_a_write():
-    x = torch.randn(1000)
+    x = torch.randn(200, 200)
     key = lambda t: t.storage_offset() if torch._C._is_cow_tensor(t) else None  # noqa: E731
     taken = snapshot(x)
     assert key(x) == key(taken) == 0
@@ -60,11 +67,11 @@ def test_no_memory_is_taken_before_a_write():
 @lazily
 @pytest.mark.parametrize(
     "part",
-    [lambda x: x[:2], lambda x: x[:, 1], lambda x: x.T, lambda x: x[:1].expand(4, 4)],
+    [lambda x: x[:200], lambda x: x[:, :200], lambda x: x.T, lambda x: x[:1].expand(400, 400)],
     ids=["rows", "column", "transposed", "expanded"],
 )
 def test_of_a_part_the_whole_is_not_kept(part):
-    x = torch.randn(4, 4)
+    x = torch.randn(400, 400)
     taken = snapshot(part(x))
     assert torch.equal(taken, part(x)) and not torch._C._is_cow_tensor(taken)
     taken.zero_()
@@ -73,17 +80,17 @@ def test_of_a_part_the_whole_is_not_kept(part):
 
 @lazily
 def test_memory_that_is_not_torchs_own(tmp_path):
-    array = np.ones(4, dtype=np.float32)
-    torch.save(torch.ones(4), tmp_path / "file")
-    for x in (torch.from_numpy(array), torch.load(tmp_path / "file", mmap=True), torch.ones(4).share_memory_()):
+    array, ones = np.ones(40000, dtype=np.float32), torch.ones(40000)
+    torch.save(ones, tmp_path / "file")
+    for x in (torch.from_numpy(array), torch.load(tmp_path / "file", mmap=True), ones.clone().share_memory_()):
         taken = snapshot(x)
         x.add_(1)
-        assert torch.equal(taken, torch.ones(4))
+        assert torch.equal(taken, ones)
     assert array[0] == 2  # written through, as ever
 
 
 def test_gradients_pass():
-    x = torch.randn(3, requires_grad=True)
+    x = torch.randn(40000, requires_grad=True)
     taken = snapshot(x * 2)
     (gradient,) = torch.autograd.grad((taken**2).sum(), x, create_graph=True)
     assert torch.allclose(gradient, 8 * x)
@@ -95,13 +102,13 @@ def test_gradients_pass():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int64, torch.bool, torch.complex64])
 def test_dtypes(dtype):
-    x = torch.ones(3, dtype=dtype)
+    x = torch.ones(70000, dtype=dtype)
     assert torch.equal(snapshot(x), x) and snapshot(x).dtype == dtype
 
 
 @lazily
 def test_under_transforms_compilation_and_inference_mode():
-    x = torch.randn(3, 4)
+    x = torch.randn(200, 200)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(torch.vmap(snapshot)(x), x)
@@ -114,7 +121,7 @@ def test_under_transforms_compilation_and_inference_mode():
 
 
 def test_copying_and_saving_what_was_taken():
-    x = torch.randn(3)
+    x = torch.randn(40000)
     taken = snapshot(x)
     file = io.BytesIO()
     torch.save(taken, file)
@@ -123,8 +130,8 @@ def test_copying_and_saving_what_was_taken():
 
 
 def test_a_value_read_twice_and_returned_may_be_written_into_each_by_itself():
-    f, params = functionalize(nn.Sequential(nn.Linear(3, 3), nn.Identity(), nn.Dropout()).eval())
-    x = torch.randn(2, 3)
+    f, params = functionalize(nn.Sequential(nn.Linear(3, 200), nn.Identity(), nn.Dropout()).eval())
+    x = torch.randn(200, 3)
     with torch.no_grad():
         output, values = capture(f, ["0", "1", "2:in", "2"])(params, x)
         before = output.clone()
