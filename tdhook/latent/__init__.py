@@ -18,10 +18,11 @@ from .ablation import Ablation, ablate, ablation_effects
 from .activation_patching import Patching, activation_patching
 from .activation_store import open_activations
 from .atp_star import atp_star
-from .attribution_patching import AttributionPatching, attribution_patching, integrated_gradient_patching
+from .attribution_patching import AttributionPatching, attribution_patching
 from .causal_tracing import CausalTrace, causal_trace
 from .collection import collect
 from .generation import Generation, generate
+from .integrated_gradient_patching import integrated_gradient_patching
 from .mean_activations import mean_activations
 from .names import HeadLayout, Names, Norm, Projection, names
 from .pair_patching import PairPatching, patch_pairs

@@ -12,7 +12,6 @@ from torch.func import vmap
 
 from tdhook import capture, functionalize, intervene, perturb
 from tdhook.core import errors
-from tdhook.latent.activation_patching import activation_patching
 from tdhook.latent.atp_star import atp_star
 from tdhook.latent.attribution_patching import attribution_patching
 from tdhook.latent.names import names
@@ -20,29 +19,9 @@ from tdhook.latent.subset_patching import subset_patching
 
 from .families import model, named
 from .hooks import values_of
+from .pairs import exact_effects, metric, of
 
 CLOSE = partial(torch.testing.assert_close, rtol=1e-8, atol=1e-11)
-
-
-def metric(output):
-    return output.logits[:, -1, 3] - output.logits[:, -1, 5]
-
-
-def pair(inputs):
-    clean = inputs["input_ids"]
-    corrupted = clean.clone()
-    corrupted[:, 2] = (corrupted[:, 2] + 1) % 50
-    return {"input_ids": clean}, {"input_ids": corrupted}
-
-
-def of(name):
-    f, params, inputs, found = named(name)
-    return f, params, *pair(inputs), found
-
-
-def exact_effects(*arguments, **options):
-    got = activation_patching(*arguments, **options)
-    return got.patched - (got.corrupted if options.get("direction", "denoise") == "denoise" else got.clean)
 
 
 # AtP* ------------------------------------------------------------------------------------------------------------------
