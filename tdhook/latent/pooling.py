@@ -100,9 +100,12 @@ def _at(site: str, value: Tensor, mask: Tensor | None, index: int) -> Tensor:
     counted, lengths = mask.cumsum(1), mask.sum(1)
     wanted = index + 1 if index >= 0 else lengths[:, None] + index + 1
     here = mask & (counted == wanted)
-    if visible(here) and not here.any(1).all():
+    found = here.any(1)
+    if visible(here) and not found.all():
         raise InputError(f"pool={index} is out of range at {site!r}: an example has only {int(lengths.min())} positions.")
-    return value[torch.arange(len(value), device=value.device), here.int().argmax(1)]
+    rows = value[torch.arange(len(value), device=value.device), here.int().argmax(1)]
+    # Where a transform hides the mask, nothing can be raised: what is not there is no number.
+    return rows if visible(here) else rows.masked_fill(~found.reshape(-1, *[1] * (rows.ndim - 1)), float("nan"))
 
 
 def row_positions(site: str, value: Tensor, mask: Tensor | None, axes: Sequence[int]) -> tuple[Tensor, Tensor]:

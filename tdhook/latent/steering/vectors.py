@@ -62,8 +62,7 @@ def steering_vectors(
             make rows [N, D] of what a site holds.
         SiteError: unknown sites, sites without a value for each example. Warns for a model in train mode.
 
-    Cost: a forward pass over each set, up to the last of the sites; one fit for each site. A number as `pool`, and `"last"` of
-    masked prompts, look at values, which neither `torch.compile(fullgraph=True)` nor a vmap over masks can.
+    Cost: a forward pass over each set, up to the last of the sites; one fit for each site.
 
     Source: Rimsky et al. (2023) for the difference of means at the last position; Zou et al. (2023); Li et al.,
     "Inference-Time Intervention" (2023) for probes.

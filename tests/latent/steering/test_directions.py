@@ -248,3 +248,30 @@ def test_compiled(options: dict[str, Any]) -> None:
 
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)(params, LONG, LONG.flip(1))
     torch.testing.assert_close(compiled, run(params, LONG, LONG.flip(1)))
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 4)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.embedding(input_ids)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("pool", ["last", 1, "mean"])
+def test_compiled_and_vmapped_over_masks(pool: Any) -> None:
+    f, params = tdhook.functionalize(Masked())
+    ids, mask = torch.randint(0, 9, (2, 3, 5)), torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+
+    def run(mask: Tensor) -> Tensor:
+        prompts = [{"input_ids": each, "attention_mask": mask} for each in ids]
+        return steering_vectors(f, params, *prompts, sites="embedding", pool=pool)["embedding"]
+
+    expected = torch.stack([run(mask), run(mask.flip(0))])
+    torch.testing.assert_close(torch.vmap(run)(torch.stack([mask, mask.flip(0)])), expected)
+    torch.testing.assert_close(torch.compile(run, backend="aot_eager", fullgraph=True)(mask), expected[0])
+    if pool == 1:
+        short = torch.tensor([[0, 0, 0, 0, 1], [1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+        assert torch.vmap(run)(torch.stack([mask, short])).isnan().all(1).tolist() == [False, True]
