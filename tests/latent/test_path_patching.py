@@ -16,6 +16,7 @@ from tdhook.latent.path_patching import path_patching
 
 from .families import model, named
 from .hooks import hooked, values_of
+from .pairs import metric, pair
 
 CLOSE = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-11)
 
@@ -121,17 +122,6 @@ def test_places_of_a_sender_one_by_one(small):
 
 
 # Transformers ----------------------------------------------------------------------------------------------------------
-
-
-def metric(output):
-    return output.logits[:, -1, 3] - output.logits[:, -1, 5]
-
-
-def pair(inputs):
-    clean = inputs["input_ids"]
-    corrupted = clean.clone()
-    corrupted[:, 2] = (corrupted[:, 2] + 1) % 50
-    return {"input_ids": clean}, {"input_ids": corrupted}
 
 
 NODES = {
