@@ -124,16 +124,16 @@ class _Run:
         parts: list[Any] = []
         for read, write in zip(reads, writes):
             kind = "mlp" if read is reads[-1] and self.found.mlp[layer] is not None else "attention"
-            after = self.found.residual_post[layer] if read is reads[-1] else self.found.residual_mid[layer]
+            after = self.found.residual_post[layer] if read is reads[-1] else self.found.require("residual_mid", layer)
             name = f"{kind} norm {layer}"
             norm = ReaderGroup(self._before_norm(layer, after), (name,), ((name,),))
-            parts += [read, write, norm, WriterGroup(after or "", (name,), restarts=True)]
+            parts += [read, write, norm, WriterGroup(after, (name,), restarts=True)]
         return parts
 
-    def _before_norm(self, layer: int, after: str | None) -> str:
+    def _before_norm(self, layer: int, after: str) -> str:
         """The site of what the norm reads that writes the stream anew; raises `SiteError` where there is no such norm."""
         for at, read, out in self.flow.norm_calls():
-            if after is not None and out == self.values[after]:
+            if out == self.values[after]:
                 return self.flow.address(at, "in", next(keys for keys, taken in at.inputs if taken == read))
         raise SiteError(
             f"block {layer} normalises its stream, but not right after each write; give the graph by hand, with EdgeGraph.of."

@@ -121,7 +121,7 @@ def faithfulness(
 
         faithfulness(C) = (m(C) - m(nothing)) / (m(everything) - m(nothing))
 
-    Args and errors as `evaluate`.
+    Args, errors and cost as `evaluate`; `InputError` too where everything and nothing have the same metric.
 
     Returns:
         Tensor [K], or [] for a single circuit: 1 for the whole graph, 0 for no edge. Values outside of [0, 1] mean that
@@ -150,7 +150,7 @@ def completeness(
 ) -> Tensor:
     """How much of the metric is left without circuits: the faithfulness of all that is outside of them.
 
-    Args and errors as `evaluate`.
+    Args, errors and cost as `evaluate`; `InputError` too where everything and nothing have the same metric.
 
     Returns:
         Tensor [K], or [] for a single circuit: near 0 where a circuit holds all that matters.

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...core.compat import storage_key
-from ...core.errors import TdhookError
 from ...core.functional import Execution, FunctionalModel
 from ...core.scope import Observer
 from ...core.sites import Site
 from ...core.structure import tensors
-from ...core.tracing import run_abstract
+from ...core.tracing import run_abstract_or_real
 
 # Operations that may return the very tensor that they got, without a change.
 SAME = {
@@ -273,16 +271,4 @@ def record(f: FunctionalModel, params: Any, inputs: Any) -> Flow:
         f._run(params, inputs, (), Execution(observer=flow))
         return flow.finish()
 
-    return looked_at(f, run, params, inputs)
-
-
-def looked_at(f: FunctionalModel, run: Callable, params: Any, inputs: Any) -> Any:
-    """`run(params, inputs)` on fake tensors where the model allows it."""
-    try:
-        return run_abstract(f, run, params, inputs)
-    except TdhookError:
-        raise
-    except Exception:
-        # Its control flow depends on values, or it leaves torch. A real error shows here.
-        with torch.no_grad():
-            return run(params, inputs)
+    return run_abstract_or_real(f, run, params, inputs)[0]

@@ -13,10 +13,11 @@ from ...core.errors import InputError, SiteError, did_you_mean
 from ...core.functional import FunctionalModel
 from ...core.reading import capture
 from ...core.structure import describe, tensors
+from ...core.tracing import run_abstract_or_real
 from ...core.transforms import expand, require_sites
 from .blocks import linear
 from .find import final_scale, find
-from .flow import Flow, looked_at, record
+from .flow import Flow, record
 from .heads import Found
 from .layout import HeadLayout, Projection
 from .table import GIVEN, LAYOUTS, PROJECTIONS, SINGLE, SITES, Names
@@ -171,7 +172,7 @@ def _check(
     def shapes(params: Any, inputs: Any) -> dict[str, tuple[int, ...]]:
         return {keys[0]: tuple(value.shape) for keys, value in tensors(reader(params, inputs)[1])}
 
-    found_shapes = looked_at(f, shapes, params, inputs)
+    found_shapes, _ = run_abstract_or_real(f, shapes, params, inputs)
     stream = found_shapes[entries["residual_pre"][0]]
     for name in ("residual_pre", "residual_mid", "residual_post", "attention", "mlp"):
         for site in entries[name]:
